@@ -65,9 +65,13 @@ class Record:
     fault: str | None = None
 
 
-def checksum(record: Record) -> int:
-    """crc32 over everything of a record that is stored in the log, its position included."""
-    head = f"{record.position}|{record.id}|{record.type}|{record.version}|{record.time!r}|{record.key}|{record.headers}|{record.content_type}|"
+def checksum(record: Record, position: int | None = None) -> int:
+    """crc32 over everything of a record that is stored in the log, its position included; of the one given, for a record that
+    has none yet."""
+    place = record.position if position is None else position
+    head = (
+        f"{place}|{record.id}|{record.type}|{record.version}|{record.time!r}|{record.key}|{record.headers}|{record.content_type}|"
+    )
     return zlib.crc32(record.data, zlib.crc32(head.encode()))
 
 
@@ -79,6 +83,20 @@ def slot_of(key: str) -> int:
 def lane_of_slot(slot: int, lanes: int) -> int:
     """Which of `lanes` equal ranges of slots holds this slot."""
     return slot * lanes // SLOTS
+
+
+def lane_name(order: Order, concurrency: int, type: str, slot: int) -> str:
+    """The lane of an event, as stores and the bus name it: the type's name for order "type", the number of the range of slots for
+    "key", and "" for the one lane of "log" and "none"."""
+    if order == "type":
+        return type
+    return str(lane_of_slot(slot, concurrency)) if order == "key" else ""
+
+
+def slots_of(lane: str, lanes: int) -> tuple[int, int]:
+    """The range of slots of a lane that is named by its number: from the first up to and without the second."""
+    number = int(lane)
+    return -(-number * SLOTS // lanes), -(-(number + 1) * SLOTS // lanes)
 
 
 def type_matches(pattern: str, type: str) -> bool:
@@ -167,8 +185,9 @@ class Unit:
         dead_letter: id of the dead letter that is redriven. Without `death` and `retry`, the unit deletes it.
         retry: the redriven dead letter is tried again: its attempts so far and when it is due.
         pause: the reason for which the subscription is paused from now on.
-        published: events that become part of the log with this unit. One with an idempotency key that is known is left out;
-            if the key belongs to other content, the whole unit is refused as "conflict".
+        published: events that become part of the log with this unit. One with an idempotency key that is known is left out.
+        conflict: how the delivery ends if the key of a published event belongs to other content: as a dead letter, without any
+            of its published events. The unit then counts as applied, and is reported in `Committed.conflicts`.
     """
 
     subscription: str
@@ -189,11 +208,11 @@ class Unit:
     retry: tuple[int, float] | None = None
     pause: str | None = None
     published: tuple[Record, ...] = ()
+    conflict: Death | None = None
 
 
-Refusal = Literal["fenced", "settled", "conflict"]
-"""Why a unit was left out: the lane's epoch is another now; the delivery was settled before; an idempotency key in it
-belongs to other content."""
+Refusal = Literal["fenced", "settled"]
+"""Why a unit was left out: the lane's epoch is another now; the delivery was settled before."""
 
 
 # ------------------------------------------------------------------ commands: the writes that are not on an event's path
@@ -425,6 +444,7 @@ class Committed:
         previous_head, head: the log's last position before and after.
         appends: for each group its events' places, or the conflict for which it was left out whole.
         refused: for each unit that was left out, by its index, why.
+        conflicts: indexes of the units whose delivery ended as a dead letter, by `Unit.conflict`.
         results: for each command its result, or the error for which it wrote nothing.
         events: all events that entered the log with it, by position: appended, published by units, promoted.
     """
@@ -435,6 +455,7 @@ class Committed:
     refused: Mapping[int, Refusal]
     results: Sequence[object]
     events: Sequence[Record]
+    conflicts: Sequence[int] = ()
 
 
 # ------------------------------------------------------------------ queries

@@ -1,0 +1,134 @@
+"""One run of a handler: a context of its own, the call, and what came of it.
+
+publish → journal → store → lanes → *workers* → *outcome*. In comes an `Attempt`; out comes an `Outcome`, as data. Nothing here
+touches the store or the lane. A coroutine is driven by hand inside a fresh context, which costs a tenth of a task.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextvars import Context, ContextVar
+from typing import Any
+
+from eventbus._encoding import current_record
+from eventbus._lanes import ACKED, Acked, Attempt, Failed, Outcome, Undeliverable
+from eventbus.errors import HandlerTimeout, UndecodableEvent, UnknownEventType
+
+current_attempt: ContextVar[Attempt | None] = ContextVar("eventbus_current_attempt", default=None)
+"""The attempt that runs in this context."""
+
+
+class Torn(BaseException):
+    """The event loop was closed under a running attempt: there is nobody left to tell."""
+
+
+def _begin(attempt: Attempt) -> object:
+    """Call the handler; in the attempt's context."""
+    current_attempt.set(attempt)
+    current_record.set(attempt.record)
+    holder = attempt.lane.holder
+    return holder.options.handler(*holder.arguments(attempt))
+
+
+def _end(attempt: Attempt, result: object) -> Outcome:
+    """What the handler published and returned; in the attempt's context."""
+    if result is None and not attempt.outbox:
+        return ACKED
+    published = attempt.lane.holder.published(attempt, result)
+    return ACKED if attempt.replaying or not published else Acked(published)
+
+
+def failed(error: BaseException) -> Outcome:
+    """The outcome of an attempt that raised."""
+    if isinstance(error, UnknownEventType):
+        return Undeliverable(str(error))
+    return Failed(error, final=isinstance(error, UndecodableEvent))
+
+
+def timed_out(attempt: Attempt) -> HandlerTimeout:
+    """The error of an attempt that took too long."""
+    options = attempt.lane.holder.options
+    return HandlerTimeout(f"the handler of {options.name!r} took longer than its timeout of {options.timeout:g} s")
+
+
+def run_plain(attempt: Attempt, base: Context) -> Outcome:
+    """Run a plain handler, in the calling thread."""
+    context = base.copy()
+    try:
+        result = context.run(_begin, attempt)
+        if inspect.isawaitable(result):
+            if isinstance(result, Coroutine):
+                result.close()
+            raise TypeError("the handler is a plain function that returned an awaitable; make it `async def`")  # noqa: TRY301
+        return context.run(_end, attempt, result)
+    except BaseException as error:  # noqa: BLE001  # an outcome, whatever it is
+        return failed(error)
+
+
+class Running:
+    """An attempt of an async handler: run to its first suspension by `start`, to its end by awaiting `finish`."""
+
+    __slots__ = ("_attempt", "_context", "_coroutine", "_yielded")
+
+    def __init__(self, attempt: Attempt, base: Context) -> None:
+        self._attempt = attempt
+        self._context = base.copy()
+        self._coroutine: Coroutine[Any, Any, object]
+        self._yielded: object = None
+
+    def start(self) -> Outcome | None:
+        """Run the handler until it first waits for something; None then. Most never do."""
+        run = self._context.run
+        try:
+            awaitable = run(_begin, self._attempt)
+            self._coroutine = awaitable if inspect.iscoroutine(awaitable) else _coroutine_of(awaitable)
+            self._yielded = run(self._coroutine.send, None)
+        except StopIteration as stop:
+            return self._end(stop.value)
+        except BaseException as error:  # noqa: BLE001  # an outcome, whatever it is
+            return failed(error)
+        return None
+
+    async def finish(self) -> Outcome:
+        """Run a handler that has suspended to its end.
+
+        Whatever it raises comes out: the worker alone knows whether a cancellation was its own.
+        """
+        return self._end(await _go_on(self._context, self._coroutine, self._yielded))
+
+    def _end(self, result: object) -> Outcome:
+        try:
+            return self._context.run(_end, self._attempt, result)
+        except Exception as error:  # noqa: BLE001  # a bad event among those returned
+            return failed(error)
+
+
+def _coroutine_of(awaitable: object) -> Coroutine[Any, Any, object]:
+    if not isinstance(awaitable, Awaitable):
+        raise TypeError(f"the handler returned {type(awaitable).__name__} where an awaitable was expected")
+
+    async def wait() -> object:
+        return await awaitable
+
+    return wait()
+
+
+@types.coroutine
+def _go_on(context: Context, coroutine: Coroutine[Any, Any, object], yielded: object) -> Generator[object, Any, object]:
+    """Hand what the coroutine yields to the event loop, and what comes back to the coroutine, each step in its context."""
+    step: Callable[[Any], object]
+    while True:
+        try:
+            value = yield yielded
+            step = coroutine.send
+        except GeneratorExit:
+            coroutine.close()
+            raise Torn from None
+        except BaseException as error:  # noqa: BLE001  # thrown in by the event loop, for the coroutine
+            value, step = error, coroutine.throw
+        try:
+            yielded = context.run(step, value)
+        except StopIteration as stop:
+            return stop.value

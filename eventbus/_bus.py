@@ -1,0 +1,616 @@
+"""EventBus: what a program declares, and what it calls.
+
+*publish* → journal → store → lanes → workers → outcome. The bus wires the parts and owns none of their work: an event is made a
+record (`_encoding`), handed to the journal (`_journal`), announced to the lanes (`_dispatch`, `_intake`, `_lanes`), and run by the
+workers (`_workers`, `_attempts`). `_running` holds what lives while the bus is open.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+
+from eventbus._clock import Clock, SystemClock
+from eventbus._codec import Codec, JSONCodec
+from eventbus._dead_letters import DeadLetters
+from eventbus._events import Registry
+from eventbus._model import DeliveryStatus, Draft, Envelope, Receipt, ReplaySummary, Stats, SubscriptionInfo
+from eventbus._recovery import Wanted
+from eventbus._replay import Point, Progress, Replay
+from eventbus._retry import RetryPolicy
+from eventbus._running import Running, Settings
+from eventbus._subscription import OnExhausted, Start, Subscription, split_types, subscription_of
+from eventbus._typing import E1, E2, E3, E4, E5, E6, E7, E8, NOT_GIVEN, On, given
+from eventbus._upkeep import Keeping
+from eventbus.errors import (
+    BusNotOpen,
+    ConfigurationError,
+    InvalidSubscription,
+    NotSupported,
+    RangeNotRetained,
+    UnknownSubscription,
+)
+from eventbus.hooks import Hook
+from eventbus.stores.base import Cancel, Order, Pause, Record, Registration, Rewind, Store, Stored, Unsubscribe
+
+if TYPE_CHECKING:
+    from eventbus._dispatch import Serving
+
+Durability = Literal["full", "fast"]
+Name = str | Callable[..., Any]
+"""A subscription: its name, or the handler."""
+
+_PRUNE_EVERY = 60.0
+
+
+class EventBus:
+    """A durable event bus inside the program.
+
+    Nothing happens before `open`: no file, no thread, no loop. Open, it may be used from any task of the loop it was opened on.
+
+    Args:
+        store: a path to a SQLite file, `":memory:"`, or a `Store`.
+        name: what this instance is called in tables and messages; default: host and process.
+        workers: handlers that run at once, at most; one subscription has at most half of them.
+        durability: "full": what `publish` has returned survives power loss; "fast": it survives a crash of the process, and
+            after power loss the newest may be missing, never some in the middle.
+        retention: how long events are kept that every subscription has settled; None keeps them.
+        max_pending: events that may wait to be written; beyond, `publish` waits.
+        max_event_bytes: the largest event, encoded.
+        dedup_for: how long idempotency keys are kept, whatever the retention.
+        lease: seconds for which an instance counts as alive.
+        hooks: told what happens; see `eventbus.hooks`.
+        codec: makes bytes of events and back; default: JSON.
+        clock: where the time comes from.
+
+    Raises:
+        ConfigurationError: an option that cannot be.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | Store | None = "eventbus.db",
+        *,
+        name: str | None = None,
+        workers: int = 100,
+        durability: Durability = "full",
+        retention: timedelta | None = None,
+        max_pending: int = 10_000,
+        max_event_bytes: int = 1_048_576,
+        dedup_for: timedelta = timedelta(days=7),
+        lease: float = 10.0,
+        hooks: Iterable[Hook] = (),
+        codec: Codec | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        _check_counts(workers=workers, max_pending=max_pending, max_event_bytes=max_event_bytes)
+        _check_seconds(retention=retention, dedup_for=dedup_for)
+        if durability not in ("full", "fast"):
+            raise ConfigurationError(f"durability={durability!r}; expected 'full' or 'fast'")
+        if isinstance(lease, bool) or not isinstance(lease, (int, float)) or not lease > 0:
+            raise ConfigurationError(f"lease={lease!r}; expected seconds above 0")
+        self._store = store
+        self._durability: Durability = durability
+        codec = JSONCodec() if codec is None else codec
+        self._registry = Registry(codec)
+        keeping = Keeping(
+            None if retention is None else retention.total_seconds(), dedup_for.total_seconds(), _PRUNE_EVERY, lease / 3
+        )
+        self._settings = Settings(
+            name, workers, max_pending, max_event_bytes, keeping, tuple(hooks), clock or SystemClock(), codec, self._registry
+        )
+        self._subscriptions: dict[str, Subscription] = {}
+        self._running: Running | None = None
+        self._opening: _Opening | None = None
+        self.dead_letters = DeadLetters(self._open, self._name_of, self._type_of)
+        """Deliveries given up on: `list`, `get`, `redrive`, `discard`."""
+
+    # -------------------------------------------------------------- declaring
+
+    def subscribe(
+        self,
+        t1: type[E1] | str,
+        t2: type[E2] | str = NOT_GIVEN,
+        t3: type[E3] | str = NOT_GIVEN,
+        t4: type[E4] | str = NOT_GIVEN,
+        t5: type[E5] | str = NOT_GIVEN,
+        t6: type[E6] | str = NOT_GIVEN,
+        t7: type[E7] | str = NOT_GIVEN,
+        t8: type[E8] | str = NOT_GIVEN,
+        /,
+        *more: type[Any] | str,
+        name: str | None = None,
+        order: Order = "type",
+        concurrency: int | None = None,
+        retry: RetryPolicy = RetryPolicy(),
+        on_exhausted: OnExhausted = "dead_letter",
+        timeout: float | None = 60.0,
+        start: Start = "now",
+        replay: bool = True,
+    ) -> On[E1 | E2 | E3 | E4 | E5 | E6 | E7 | E8]:
+        """Tie a handler to event types, durably; a decorator that returns the function unchanged.
+
+        The handler takes `(event)` or `(event, delivery)`. What it returns (an event, a list of events or `Draft`s, or None) is
+        published together with the ack. A plain function runs in a thread.
+
+        Args:
+            t1, …: classes (subclasses too), or strings: a type's name, `"prefix.*"`, or `"*"`; with strings the handler
+                takes the `Envelope`.
+            name: the durable identity; default: the function's qualified name, without its module.
+            order: "type": strictly, for each type; "log": strictly, over all its types; "key": for each key; "none".
+            concurrency: lanes of order "key", deliveries at once of order "none"; default 16.
+            retry: when failed attempts are made again.
+            on_exhausted: what happens then: "dead_letter", or "pause" the subscription.
+            timeout: seconds for one attempt, None for no limit. An async handler is cancelled; a thread cannot be, so its lane
+                waits until it returns.
+            start: where a *new* subscription begins: "now", "beginning", an aware datetime, or a position (after it).
+            replay: whether `bus.replay` delivers to it.
+
+        Raises:
+            InvalidSubscription: the handler or an option cannot work.
+            InvalidEventType: a class cannot be an event, or its name is taken.
+        """
+        types = given(t1, t2, t3, t4, t5, t6, t7, t8, *more)
+        classes, _ = split_types(types)
+        for cls in classes:
+            self._registry.subclasses(cls)
+
+        def register(handler: Callable[..., Any]) -> Any:
+            self._add(
+                subscription_of(
+                    types,
+                    handler,
+                    name=name,
+                    order=order,
+                    concurrency=concurrency,
+                    retry=retry,
+                    on_exhausted=on_exhausted,
+                    timeout=timeout,
+                    start=start,
+                    replay=replay,
+                )
+            )
+            return handler
+
+        return register
+
+    def _add(self, subscription: Subscription) -> None:
+        if self._running is not None:
+            raise InvalidSubscription(f"subscription {subscription.name!r}: the bus is open; subscribe before it is opened")
+        other = self._subscriptions.get(subscription.name)
+        if other is not None:
+            raise InvalidSubscription(
+                f"two subscriptions are named {subscription.name!r}: {_where(other.handler)} and {_where(subscription.handler)}; "
+                "give one of them another name with name='…'"
+            )
+        self._subscriptions[subscription.name] = subscription
+
+    # -------------------------------------------------------------- opening
+
+    def open(
+        self,
+        store: str | os.PathLike[str] | Store | None = None,
+        *,
+        dispatch: bool | Sequence[Name] = True,
+        stop_timeout: float = 10.0,
+    ) -> _Opening:
+        """Open the bus for the body of an `async with`; `async with bus` is `async with bus.open()`.
+
+        Entering recovers what was not settled, then dispatches. Leaving lets running attempts finish for `stop_timeout`
+        seconds, cancels and releases the rest, and closes the store; it does not work off what waits.
+
+        Args:
+            store: instead of the one given to `EventBus`.
+            dispatch: False to publish only; a list of subscriptions to dispatch these. All of them are registered in any
+                case, so that nothing published meanwhile is missed.
+            stop_timeout: seconds.
+
+        Raises (on entering):
+            StoreInUse, StoreTooNew, StoreUnsafe, StoreCorrupt, StoreUnavailable: the store cannot be used.
+            InvalidSubscription: a stored subscription cannot be changed as declared.
+        """
+        names = None if isinstance(dispatch, bool) else {self._declared(each) for each in dispatch}
+        if names is None:
+            names = set(self._subscriptions) if dispatch else set()
+        return _Opening(self, self._store if store is None else store, names, stop_timeout)
+
+    async def __aenter__(self) -> EventBus:
+        """Open the bus; see `open`."""
+        opening = self.open()
+        await opening.__aenter__()
+        self._opening = opening
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        """Stop the bus; see `open`."""
+        opening, self._opening = self._opening, None
+        if opening is None:
+            raise BusNotOpen("the bus is not open")
+        return await opening.__aexit__(kind, error, traceback)
+
+    async def _start(self, store: Store, names: set[str]) -> Running:
+        if self._running is not None:
+            raise ConfigurationError("this bus is open already; one EventBus is one instance")
+        running = Running(store, self._settings)
+        self._running = running
+        try:
+            await running.start([self._wanted(s, s.name in names) for s in self._subscriptions.values()])
+        except BaseException:
+            self._running = None
+            raise
+        return running
+
+    def _wanted(self, subscription: Subscription, dispatched: bool) -> Wanted:
+        kinds = {kind.name for cls in subscription.classes for kind in self._registry.subclasses(cls)}
+        types = (*sorted(kinds), *subscription.patterns)
+        start = subscription.start.timestamp() if isinstance(subscription.start, datetime) else subscription.start
+        registration = Registration(subscription.name, types, subscription.order, subscription.concurrency, start)
+        return Wanted(subscription, registration, dispatched)
+
+    def _open(self) -> Running:
+        running = self._running
+        if running is None:
+            raise BusNotOpen("the bus is not open; use it inside `async with bus:`")
+        running.loop.check()
+        return running
+
+    # -------------------------------------------------------------- publishing
+
+    async def publish(
+        self,
+        event: object,
+        *,
+        key: object = None,
+        idempotency_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        due: datetime | timedelta | None = None,
+    ) -> Receipt:
+        """Store an event for every subscription to its type; returns once it is on disk.
+
+        Waits while `max_pending` events wait to be written. Cancelled before it is queued, it is not stored; after that, the
+        cancellation is raised once it is decided whether it is.
+
+        Args:
+            event: an instance of an attrs class, a dataclass, a msgspec.Struct or a pydantic model.
+            key: what `order="key"` orders by, as `str(key)`; default: the field that `@event(key=…)` names.
+            idempotency_key: 1–255 characters; the same key again gives the first receipt, with `duplicate=True`.
+            headers: str to str, stored beside the event.
+            due: an aware datetime, or a timedelta from now, before which it is not delivered.
+
+        Raises:
+            InvalidEvent: it cannot be stored as it is; names the type and the field.
+            IdempotencyConflict: the key was used for other content.
+            PublishOutcomeUnknown: the disk failed, and it could not be found out whether it is stored.
+            StoreError: it is not stored, and why.
+            BusNotOpen, WrongLoop: it is not stored.
+        """
+        running = self._open()
+        record = running.encoder.record(event, key=key, idempotency_key=idempotency_key, headers=headers, due=due)
+        (stored,) = await running.journal.append((record,))
+        return self._receipt(running, record, stored)
+
+    async def publish_many(self, events: Iterable[object]) -> list[Receipt]:
+        """Store events, or `Draft`s, in one transaction, all or nothing, in this order; see `publish`.
+
+        If one of them cannot be stored (`InvalidEvent`, `IdempotencyConflict`), none is.
+        """
+        running = self._open()
+        records = [running.encoder.draft(each) for each in events]
+        if not records:
+            return []
+        stored = await running.journal.append(records)
+        return [self._receipt(running, record, each) for record, each in zip(records, stored, strict=True)]
+
+    def _receipt(self, running: Running, record: Record, stored: Stored) -> Receipt:
+        if record.due_at is not None and not stored.duplicate:
+            running.upkeep.scheduled(record.due_at)
+        own = None if stored.duplicate else record
+        return Receipt(stored.id, stored.position, stored.duplicate, partial(running.waiting.handled, own))
+
+    async def cancel(self, event_id: str) -> bool:
+        """Cancel an event that was published with `due`; False if it is in the log already, or was never scheduled."""
+        return await self._open().journal.command(Cancel(str(event_id)))
+
+    # -------------------------------------------------------------- waiting
+
+    async def drain(self, timeout: float | None = None) -> Mapping[str, int]:
+        """Wait until everything published before the call is settled by the subscriptions dispatched here.
+
+        What the handlers of these events publish is waited for as well, and so are retries and redrives. Not waited for:
+        events with a later `due`, and what is paused or blocked.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Returns:
+            What is left, by subscription: how many deliveries are not settled. Empty if nothing is.
+        """
+        return await self._open().waiting.drain(timeout)
+
+    # -------------------------------------------------------------- history
+
+    async def replay(
+        self,
+        *types: type | str,
+        since: Point = None,
+        after: int | None = None,
+        until: Point = None,
+        to: Name | Iterable[Name] | None = None,
+        rate: float | None = None,
+        dry_run: bool = False,
+        exclusive: bool = False,
+        progress: Progress | None = None,
+    ) -> ReplaySummary:
+        """Deliver past events again, beside live ones, with `delivery.replaying` set; returns when all are settled.
+
+        What a replayed attempt would publish with its ack is dropped. A failing one is tried again by the subscription's policy,
+        out of line, and dead-lettered in the end. Checkpoints do not move.
+
+        Args:
+            types: classes, names or patterns; none: all.
+            since, until: aware datetimes, or positions; inclusive. Default: the oldest retained, the head at the call.
+            after: a position, exclusive, instead of `since`; `ReplaySummary.position` resumes.
+            to: subscriptions dispatched here, by name or handler; default: all with `replay=True`.
+            rate: events per second, at most.
+            dry_run: only count.
+            progress: called with a `ReplaySummary` after each page of events; may be async.
+
+        Raises:
+            RangeNotRetained: the range begins before what is retained.
+            ConfigurationError: a point or a rate that cannot be, or a subscription that does not allow replays.
+            UnknownSubscription: one of `to` is not dispatched here.
+        """
+        running = self._open()
+        if exclusive:
+            raise NotSupported("exclusive replays are not there yet in this version; pause other publishers, or replay without it")
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0):
+            raise ConfigurationError(f"rate={rate!r}; expected events per second, above 0")
+        targets = self._targets(running, to)
+        patterns = self._patterns(types)
+        stretch = await running.history.range(since, after, until)
+        replay = Replay(
+            running.dispatcher, running.history, targets, patterns, stretch, rate=rate, dry_run=dry_run, progress=progress
+        )
+        running.replays.add(replay)
+        try:
+            return await replay.run()
+        finally:
+            running.replays.discard(replay)
+
+    def _targets(self, running: Running, to: Name | Iterable[Name] | None) -> list[Serving]:
+        servings = running.dispatcher.servings
+        if to is None:
+            return [serving for serving in servings.values() if serving.options.replay]
+        targets = []
+        for each in [to] if isinstance(to, str) or callable(to) else to:
+            name = self._declared(each)
+            if name not in servings:
+                raise UnknownSubscription(f"the subscription {name!r} is not dispatched here; a replay needs its handler")
+            if not servings[name].options.replay:
+                raise ConfigurationError(f"the subscription {name!r} was declared with replay=False")
+            targets.append(servings[name])
+        return targets
+
+    async def rewind(self, subscription: Name, *, since: Point = None, after: int | None = None) -> None:
+        """Move a subscription's checkpoints back: what lies after is handled again, as if it were new.
+
+        Its waiting retries and its dead letters of those events are forgotten; attempts that are running do not count.
+        Use it to rebuild a projection.
+
+        Args:
+            since: an aware datetime or a position, inclusive. after: a position, exclusive. Neither: from the beginning.
+
+        Raises:
+            RangeNotRetained: events of that range have been removed. UnknownSubscription: there is none of this name.
+        """
+        running = self._open()
+        name = self._name_of(subscription)
+        stretch = await running.history.range(since, after, None)
+        if since is None and after is None:
+            await self._check_complete(running)
+        serving = running.dispatcher.servings.get(name)
+        if serving is not None:
+            serving.rewinding = True
+        try:
+            states = await running.journal.command(Rewind(name, stretch.after))
+            if serving is not None:
+                serving.rewound(stretch.after, states)
+        finally:
+            if serving is not None and serving.rewinding:
+                serving.rewinding = False
+                running.dispatcher.wake_all()
+
+    async def _check_complete(self, running: Running) -> None:
+        try:
+            await running.history.range(None, 0, None)
+        except RangeNotRetained as error:
+            raise RangeNotRetained(f"{error}; give since= or after= to rewind to what is left") from None
+
+    async def history(
+        self,
+        *types: type | str,
+        since: Point = None,
+        after: int | None = None,
+        until: Point = None,
+        key: object = None,
+    ) -> AsyncIterator[Envelope]:
+        """Read envelopes from the log, in order of position, without delivering them: `async for envelope in bus.history(…)`.
+
+        Args:
+            types: classes, names or patterns; none: all.
+            since, until: aware datetimes, or positions; inclusive. Default: the oldest retained, the head at the call.
+            after: a position, exclusive. key: only events with this key.
+
+        Raises:
+            RangeNotRetained: the range begins before what is retained.
+        """
+        running = self._open()
+        stretch = await running.history.range(since, after, until)
+        text_key = None if key is None else str(key)
+        async for envelope in running.history.envelopes(stretch, self._patterns(types), text_key, running.decoder.envelope):
+            yield envelope
+
+    # -------------------------------------------------------------- status
+
+    async def stats(self) -> Stats:
+        """How the bus stands: its log, and every stored subscription."""
+        return await self._open().status.stats()
+
+    async def status(self, event_id: str) -> dict[str, DeliveryStatus]:
+        """How an event stands with each subscription that it is for: pending, retrying, parked, handled or dead.
+
+        Raises:
+            UnknownEvent: there is no such event, stored or scheduled.
+        """
+        return await self._open().status.of(str(event_id))
+
+    async def subscriptions(self) -> list[SubscriptionInfo]:
+        """All stored subscriptions, those without a handler as well."""
+        return await self._open().status.subscriptions()
+
+    async def pause(self, subscription: Name) -> None:
+        """Stop delivering to a subscription, durably; what is running finishes, what is published waits.
+
+        Raises:
+            UnknownSubscription: there is none of this name.
+        """
+        running, name = self._open(), self._name_of(subscription)
+        reason = "paused by hand"
+        await running.journal.command(Pause(name, reason))
+        serving = running.dispatcher.servings.get(name)
+        if serving is not None:
+            serving.pause(reason)
+
+    async def resume(self, subscription: Name) -> None:
+        """Deliver to a paused subscription again; what waited for a retry is due now, at attempt 1.
+
+        Raises:
+            UnknownSubscription: there is none of this name.
+        """
+        running, name = self._open(), self._name_of(subscription)
+        await running.journal.command(Pause(name, None))
+        serving = running.dispatcher.servings.get(name)
+        if serving is not None:
+            serving.resume()
+
+    async def unsubscribe(self, subscription: Name) -> None:
+        """Remove a subscription with its checkpoints and waiting retries; its dead letters stay.
+
+        Its handler gets nothing more, also after the next start, unless it is subscribed again; then it is new.
+
+        Raises:
+            UnknownSubscription: there is none of this name.
+        """
+        running, name = self._open(), self._name_of(subscription)
+        serving = running.dispatcher.servings.get(name)
+        if serving is not None:
+            serving.close()
+        await running.journal.command(Unsubscribe(name))
+        self._subscriptions.pop(name, None)
+        await running.forget(name)
+
+    # -------------------------------------------------------------- names
+
+    def _name_of(self, subscription: object) -> str:
+        """The name of a subscription that is given by name or handler; a name may belong to one that is only stored."""
+        if isinstance(subscription, str):
+            return subscription
+        names = [s.name for s in self._subscriptions.values() if s.handler == subscription]
+        if len(names) == 1:
+            return names[0]
+        if names:
+            raise UnknownSubscription(f"{_where(subscription)} handles several subscriptions: {', '.join(names)}; give a name")
+        raise UnknownSubscription(f"{_where(subscription)} is not the handler of a subscription; {self._known()}")
+
+    def _declared(self, subscription: object) -> str:
+        name = self._name_of(subscription)
+        if name not in self._subscriptions:
+            raise UnknownSubscription(f"no handler for subscription {name!r}; {self._known()}")
+        return name
+
+    def _known(self) -> str:
+        names = ", ".join(repr(name) for name in self._subscriptions) or "none"
+        return f"known: {names}. Import the module that registers it before the bus starts"
+
+    def _type_of(self, type: object) -> str:
+        return type if isinstance(type, str) else self._registry.of(type).name  # type: ignore[arg-type]  # checked there
+
+    def _patterns(self, types: Sequence[type | str]) -> list[str]:
+        patterns: list[str] = []
+        for each in types:
+            if isinstance(each, str):
+                patterns.append(each)
+            else:
+                patterns += [kind.name for kind in self._registry.subclasses(each)]
+        return patterns
+
+
+class _Opening:
+    """What `EventBus.open` returns."""
+
+    def __init__(self, bus: EventBus, store: str | os.PathLike[str] | Store | None, names: set[str], stop_timeout: float) -> None:
+        self._bus = bus
+        self._store = store
+        self._names = names
+        self._stop_timeout = stop_timeout
+        self._running: Running | None = None
+
+    async def __aenter__(self) -> EventBus:
+        store = _store_of(self._store, self._bus._durability)
+        self._running = await self._bus._start(store, self._names)
+        return self._bus
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        running, self._running = self._running, None
+        if running is None:
+            raise BusNotOpen("the bus is not open")
+        try:
+            with anyio.CancelScope(shield=True):
+                await running.stop(self._stop_timeout)
+        finally:
+            self._bus._running = None
+        return await running.end_group(kind, error, traceback)
+
+
+def _store_of(store: str | os.PathLike[str] | Store | None, durability: Durability) -> Store:
+    if store is None:
+        raise ConfigurationError("no store: give a path to EventBus(…) or to open(…)")
+    if not isinstance(store, (str, os.PathLike)):
+        return store
+    address = os.fspath(store)
+    if "://" in address:
+        scheme = address.partition("://")[0]
+        raise NotSupported(f"stores of the kind {scheme!r} are not there yet in this version; give a path to a SQLite file")
+    from eventbus.stores.sqlite import SQLiteStore  # noqa: PLC0415  # only where it is used
+
+    return SQLiteStore(address, durability=durability)
+
+
+def _check_counts(**counts: object) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigurationError(f"{name}={count!r}; expected an int from 1")
+
+
+def _check_seconds(**spans: object) -> None:
+    for name, span in spans.items():
+        if span is None and name == "retention":
+            continue
+        if not isinstance(span, timedelta) or span.total_seconds() <= 0:
+            raise ConfigurationError(f"{name}={span!r}; expected a timedelta above 0")
+
+
+def _where(handler: object) -> str:
+    code = getattr(handler, "__code__", None)
+    name = getattr(handler, "__qualname__", repr(handler))
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else str(name)

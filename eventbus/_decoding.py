@@ -1,0 +1,89 @@
+"""From a record back to what a handler takes: the event, or its envelope.
+
+publish → journal → store → lanes → *workers* → outcome. In comes a record from the log; out comes an object of the user's class:
+one for all handlers where the class is deeply immutable, otherwise each has its own copy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eventbus._clock import to_datetime
+from eventbus._model import DeadLetter, Envelope
+from eventbus.errors import EventBusError, UndecodableEvent, UnknownEventType
+from eventbus.stores.base import DeadLetterRow, Record, headers_of
+
+if TYPE_CHECKING:
+    from eventbus._codec import Codec
+    from eventbus._events import Registry
+
+
+class Decoder:
+    """Makes events and envelopes of records. May be used from any thread."""
+
+    def __init__(self, registry: Registry, codec: Codec) -> None:
+        self._registry = registry
+        self._codec = codec
+
+    def event(self, record: Record) -> object:
+        """The event of a record.
+
+        Raises:
+            UnknownEventType: no class for it, or an older one.
+            UndecodableEvent: the bytes are damaged, or do not fit the class.
+        """
+        if record.event is not None:
+            return record.event
+        if record.fault is not None:
+            raise UndecodableEvent(record.type, record.version, record.fault)
+        kind = self._registry.by_name(record.type)
+        event = self._decode(record.type, record.version, record.content_type, record.data)
+        if kind is not None and kind.shared:
+            record.event = event
+        return event
+
+    def envelope(self, record: Record) -> Envelope:
+        """The envelope of a record."""
+        return Envelope(
+            record.position,
+            record.id,
+            record.type,
+            record.version,
+            to_datetime(record.time),
+            record.key,
+            headers_of(record),
+            record.content_type,
+            record.data,
+            lambda envelope: self._decode(envelope.type, envelope.version, envelope.content_type, envelope.data),
+        )
+
+    def dead_letter(self, row: DeadLetterRow) -> DeadLetter:
+        """A row of `dead_letters` as users see it."""
+        death = row.death
+        return DeadLetter(
+            row.id,
+            row.subscription,
+            self.envelope(row.record),
+            death.error_type,
+            death.error,
+            death.traceback,
+            death.attempts,
+            to_datetime(death.first_failed_at),
+            to_datetime(death.last_failed_at),
+            row.redriving,
+        )
+
+    def _decode(self, type: str, version: int, content_type: str, data: bytes) -> object:
+        kind = self._registry.by_name(type)
+        if kind is None:
+            raise UnknownEventType(type, version, "no class is registered for it; import the module that defines it")
+        if version > kind.version:
+            raise UnknownEventType(type, version, f"the class here, {kind.cls.__qualname__}, is version {kind.version}; a newer program wrote it")
+        if content_type != self._codec.content_type:
+            raise UndecodableEvent(type, version, f"its content type is {content_type!r}, the codec's is {self._codec.content_type!r}")
+        try:
+            return self._codec.decode(data, kind.cls)
+        except EventBusError:
+            raise
+        except Exception as error:
+            raise UndecodableEvent(type, version, f"{error!s:.500}") from error

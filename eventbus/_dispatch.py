@@ -1,0 +1,376 @@
+"""The dispatcher: which lanes there are, and which of them an event is for.
+
+publish → journal → store → *lanes* → workers → outcome. The journal announces what it has committed; the dispatcher offers it to
+the feeds of every subscription that wants its type. A `Serving` is one subscription while it is dispatched: its lanes, its
+state, and how its handler is called.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from eventbus._intake import Budget, Feed, Intake
+from eventbus._lanes import Attempt, Environment, Lane, StrictSource
+from eventbus._loose import HeldSource, LooseSource
+from eventbus._model import Delivery, Draft
+from eventbus._side import Redriver
+from eventbus.errors import BusNotOpen, EventBusError
+from eventbus.hooks import DispatchHalted, SubscriptionPaused
+from eventbus.stores.base import (
+    SLOTS,
+    Committed,
+    LaneState,
+    Record,
+    Subscribed,
+    WaitingRow,
+    since_of,
+    slots_of,
+    type_matches,
+)
+
+if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+
+    from eventbus._decoding import Decoder
+    from eventbus._encoding import Encoder
+    from eventbus._loop import Waiter
+    from eventbus._subscription import Subscription
+
+_log = logging.getLogger("eventbus")
+
+ONE_LANE = "*"
+"""Name of the lane of a subscription that has one for all its types."""
+
+
+class Serving:
+    """One subscription while it is dispatched."""
+
+    def __init__(self, dispatcher: Dispatcher, options: Subscription, stored: Subscribed) -> None:
+        self._dispatcher = dispatcher
+        self.options = options
+        self.types = stored.types
+        self.since = dict(stored.since)
+        self.paused = stored.paused
+        self.created_at = stored.created_at
+        self._starts: dict[str, float] = {}
+        self.lanes: dict[str, Lane] = {}
+        self.feeds: dict[str, Feed] = {}  # by lane for order "type", one for all lanes otherwise
+        self.rewinding = False
+        self.stuck = 0
+        self.workers = 0
+        self.delayed: list[Lane] = []
+        self.handled = 0
+        self.failed = 0
+        self.redriver = Redriver(options.name, dispatcher.environment, self.lane_of)
+
+    @property
+    def halted(self) -> bool:
+        """Outcomes cannot be written for now."""
+        return self._dispatcher.halted or self.rewinding
+
+    # -------------------------------------------------------------- types and lanes
+
+    def wants(self, type: str) -> bool:
+        """Whether events of this type are for it."""
+        return any(type_matches(pattern, type) for pattern in self.types)
+
+    def exact_types(self) -> tuple[str, ...] | None:
+        """The types to read from the log; None: all, and choose among them."""
+        return None if any(pattern.endswith("*") for pattern in self.types) else self.types
+
+    def accepts(self, record: Record) -> bool:
+        """Whether this event is for it: its type is, and it lies after the type's start."""
+        start = self._starts.get(record.type)
+        if start is None:
+            since = since_of(self.since, record.type) if self.wants(record.type) else None
+            start = self._starts[record.type] = math.inf if since is None else since
+        return record.position > start
+
+    def retype(self, stored: Subscribed) -> None:
+        """A type has joined it."""
+        self.types, self.since = stored.types, dict(stored.since)
+        self._starts.clear()
+        for lane in self.lanes.values():
+            if isinstance(lane.log, LooseSource):
+                lane.log.held.types = self.exact_types()
+        if self.options.order != "type":
+            self.feeds[ONE_LANE].retype(self.exact_types())
+
+    def rewound(self, after: int, states: Iterable[LaneState]) -> None:
+        """Its lanes have been set back; what they were doing does not count any more."""
+        for name in self.since:
+            self.since[name] = min(self.since[name], after)
+        self._starts.clear()
+        self.rewinding = False
+        for state in states:
+            lane = self.lanes.get(state.lane)
+            if lane is not None:
+                intake = lane.log.intake
+                intake.reset(state.checkpoint)
+                lane.restart(state, *self._sources(lane, intake, state, ()))
+                intake.feed.read()
+
+    def lane_of(self, record: Record) -> Lane | None:
+        """The lane that an event of it belongs to."""
+        if self.options.order == "type":
+            return self.lanes.get(record.type)
+        if not self.wants(record.type):
+            return None
+        return next(lane for lane in self.lanes.values() if lane.log.intake is self.feeds[ONE_LANE].of(record))
+
+    def reads(self, lane: Lane) -> tuple[tuple[str, ...] | None, tuple[int, int]]:
+        """The types and the slots of a lane."""
+        if self.options.order == "type":
+            return (lane.name,), (0, SLOTS)
+        types = self.exact_types()
+        if types is None and "*" not in self.types:
+            types = tuple(t for t in self._dispatcher.known_types if self.wants(t))
+        return types, slots_of(lane.name, len(self.lanes)) if self.options.order == "key" else (0, SLOTS)
+
+    def lanes_wanted(self, known: Iterable[str]) -> list[tuple[str, int]]:
+        """Names and starts of its lanes, given the types that are in the log."""
+        order, types = self.options.order, [t for t in self.types if not t.endswith("*")]
+        if order == "type":
+            types += [t for t in known if t not in types and self.wants(t)]
+            return [(t, since_of(self.since, t) or 0) for t in types]
+        start = min((self.since[t] for t in self.types), default=0)
+        count = self.options.concurrency if order == "key" else 1
+        return [(str(n) if order == "key" else ONE_LANE, start) for n in range(count)]
+
+    def add_lane(self, state: LaneState, rows: Sequence[WaitingRow], budget: Budget) -> Lane:
+        """Make a lane from its stored state."""
+        options, environment = self.options, self._dispatcher.environment
+        lane = Lane(environment, self, state, options.concurrency if options.order == "none" else 1)
+        feed = self._feed(state.lane)
+        intake = Intake(feed, budget, state.checkpoint, lane.wake)
+        feed.intakes.append(intake)
+        lane.begin(*self._sources(lane, intake, state, rows))
+        self.lanes[state.lane] = lane
+        return lane
+
+    def _sources(
+        self, lane: Lane, intake: Intake, state: LaneState, rows: Sequence[WaitingRow]
+    ) -> tuple[StrictSource] | tuple[LooseSource, HeldSource]:
+        if self.options.order in ("type", "log"):
+            return (StrictSource(lane, intake, state),)
+        loose = LooseSource(lane, intake, state, by_key=self.options.order == "key")
+        loose.held = HeldSource(lane, loose, self.accepts, self.exact_types())
+        loose.held.load(row.waiting for row in rows if row.lane == state.lane)
+        return loose, loose.held
+
+    def _feed(self, lane: str) -> Feed:
+        by_type = self.options.order == "type"
+        name = lane if by_type else ONE_LANE
+        if name not in self.feeds:
+            types = (lane,) if by_type else self.exact_types()
+            environment = self._dispatcher.environment
+            self.feeds[name] = Feed(types, self.accepts, environment.reader, environment.timers, self._dispatcher.get_head)
+        return self.feeds[name]
+
+    # -------------------------------------------------------------- what lanes and workers ask of it
+
+    def pause(self, reason: str) -> None:
+        """Give out nothing any more; it is stored elsewhere."""
+        self.paused = reason
+        _log.warning("%s is paused: %s", self.options.name, reason)
+        self._dispatcher.environment.notify(SubscriptionPaused(self.options.name, reason))
+        for lane in self.lanes.values():
+            lane.tell_waiters()
+        self.redriver.changed()
+
+    def resume(self) -> None:
+        """Give out deliveries again; what waits starts at attempt 1."""
+        self.paused = None
+        for lane in self.lanes.values():
+            lane.log.retry_now()
+            lane.wake()
+
+    def close(self) -> None:
+        """Give out nothing any more, for good."""
+        for feed in self.feeds.values():
+            feed.closed = True
+        for lane in self.lanes.values():
+            lane.close()
+
+    def count(self, *, handled: bool) -> None:
+        """An attempt has ended."""
+        if handled:
+            self.handled += 1
+        else:
+            self.failed += 1
+
+    def redriven(self, letter: int) -> None:
+        """The store knows what became of a redriven dead letter."""
+        self.redriver.ended(letter)
+
+    def arguments(self, attempt: Attempt) -> tuple[object, ...]:
+        """What the handler is called with."""
+        decoder, record = self._dispatcher.decoder, attempt.record
+        takes_envelope, takes_delivery = self.options.takes_envelope, self.options.takes_delivery
+        if not takes_envelope and not takes_delivery:
+            return (decoder.event(record),)
+        envelope = decoder.envelope(record)
+        event = envelope if takes_envelope else decoder.event(record)
+        return (event, self._delivery(attempt, envelope)) if takes_delivery else (event,)
+
+    def _delivery(self, attempt: Attempt, envelope: object) -> Delivery:
+        encoder = self._dispatcher.encoder
+
+        def publish(
+            event: object,
+            *,
+            key: object = None,
+            idempotency_key: str | None = None,
+            headers: Mapping[str, str] | None = None,
+            due: datetime | timedelta | None = None,
+        ) -> None:
+            if attempt.over:
+                raise BusNotOpen("this attempt is over; Delivery.publish belongs inside the handler")
+            attempt.outbox.append(encoder.record(event, key=key, idempotency_key=idempotency_key, headers=headers, due=due))
+
+        return Delivery(envelope, attempt.number, self.options.name, attempt.replaying, publish)  # type: ignore[arg-type]
+
+    def published(self, attempt: Attempt, result: object) -> Sequence[Record]:
+        """What the attempt publishes: its outbox, and the events that the handler returned."""
+        encoder = self._dispatcher.encoder
+        if result is None:
+            returned: Iterable[object] = ()
+        elif isinstance(result, (list, tuple)):
+            returned = result
+        else:
+            returned = (result,)
+        for item in returned:
+            event = item.event if isinstance(item, Draft) else item
+            if not encoder.is_event(event):
+                raise TypeError(
+                    f"the handler of {self.options.name!r} returned {event!r:.80}; return None, an event, or a list of events or Drafts"
+                )
+        return [*attempt.outbox, *(encoder.draft(item) for item in returned)]
+
+
+class Dispatcher:
+    """All subscriptions that are dispatched, and the way of an event to them."""
+
+    def __init__(self, environment: Environment, decoder: Decoder, encoder: Encoder, budget: Budget) -> None:
+        self.environment = environment
+        self.decoder = decoder
+        self.encoder = encoder
+        self.budget = budget
+        self.servings: dict[str, Serving] = {}
+        self.others: dict[str, tuple[Subscribed, str]] = {}
+        """Stored subscriptions that are not dispatched here, and why."""
+        self.known_types: set[str] = set()
+        self.head = 0
+        self.published = 0
+        self.halted = False
+        self.crash: EventBusError | None = None
+        self.on_crash: Callable[[EventBusError], object] = lambda _error: None
+        self.on_new_lane: Callable[[Serving, str], object] = lambda _serving, _type: None
+        self.on_foreign: Callable[[], object] = lambda: None
+        self.closing = False
+        self.pins: list[int] = []
+        self.promotions: dict[str, list[Waiter]] = {}
+        self._routes: dict[str, tuple[Feed, ...]] = {}
+
+    def get_head(self) -> int:
+        """The last position that was announced."""
+        return self.head
+
+    # -------------------------------------------------------------- what the journal tells
+
+    def announce(self, committed: Committed) -> None:
+        """Offer what has become durable to the lanes that it is for."""
+        if committed.previous_head != self.head:
+            # Somebody else has written: read what lies between.
+            self.head = committed.head
+            self.published += len(committed.events)
+            self.on_foreign()
+            self.fall_behind()
+            return
+        self.head = committed.head
+        self.published += len(committed.events)
+        routes = self._routes
+        for record in committed.events:
+            feeds = routes.get(record.type)
+            if feeds is None:
+                feeds = self._route(record.type)
+            for feed in feeds:
+                feed.offer(record)
+        if self.promotions:
+            self._tell_promoted(committed.events)
+
+    def _tell_promoted(self, records: Iterable[Record]) -> None:
+        for record in records:
+            for waiter in self.promotions.pop(record.id, ()):
+                waiter.set()
+
+    def fall_behind(self) -> None:
+        """Have every lane read from the log."""
+        for serving in self.servings.values():
+            for feed in serving.feeds.values():
+                feed.fall_behind()
+        for waiters in self.promotions.values():
+            for waiter in waiters:
+                waiter.set()
+
+    def halt(self, error: EventBusError) -> None:
+        """Outcomes cannot be written: start no further attempt, or handlers would run for nothing, again and again."""
+        self.halted = True
+        self.environment.notify(DispatchHalted(error))
+
+    def proceed(self) -> None:
+        """Outcomes can be written again."""
+        self.halted = False
+        self.wake_all()
+
+    def crashed(self, error: EventBusError, *, told: bool) -> None:
+        """The journal has stopped for good."""
+        self.halted = True
+        self.crash = error
+        for serving in self.servings.values():
+            serving.close()
+        if not told:
+            self.on_crash(error)
+
+    # -------------------------------------------------------------- lanes
+
+    def wake_all(self) -> None:
+        """Have every lane look for something to do."""
+        for lane in self.lanes():
+            lane.wake()
+
+    def lanes(self) -> list[Lane]:
+        """All lanes."""
+        return [lane for serving in self.servings.values() for lane in serving.lanes.values()]
+
+    def lanes_of(self, record: Record) -> list[Lane]:
+        """The lanes that an event belongs to."""
+        wanted = [s.lane_of(record) for s in self.servings.values() if s.accepts(record)]
+        return [lane for lane in wanted if lane is not None]
+
+    def add_lane(self, serving: Serving, state: LaneState, rows: Sequence[WaitingRow] = ()) -> Lane:
+        """A lane has been claimed."""
+        self._routes.clear()
+        return serving.add_lane(state, rows, self.budget)
+
+    def forget_routes(self) -> None:
+        """Subscriptions or their types have changed."""
+        self._routes.clear()
+
+    def _route(self, type: str) -> tuple[Feed, ...]:
+        feeds = []
+        for serving in self.servings.values():
+            if not serving.wants(type):
+                continue
+            if serving.options.order != "type":
+                feeds.append(serving.feeds[ONE_LANE])
+            elif type in serving.feeds:
+                feeds.append(serving.feeds[type])
+            else:
+                self.on_new_lane(serving, type)
+        self.known_types.add(type)
+        self._routes[type] = tuple(feeds)
+        return self._routes[type]

@@ -1,0 +1,176 @@
+"""The first step of an event's way: from the user's object to a `Record`.
+
+*publish* → journal → store → lanes → workers → outcome. In come an event and the options of `publish`; out comes a record that
+is ready to be stored, with its id, headers and bytes. All that can be wrong with an event is found here, in the caller, before
+anything is queued: one bad event cannot fail those of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from eventbus._codec import Codec, Fault
+from eventbus._events import is_event_class
+from eventbus._model import Draft
+from eventbus.errors import InvalidEvent
+from eventbus.stores.base import Record, headers_of, slot_of
+
+if TYPE_CHECKING:
+    from eventbus._clock import Clock, Ids
+    from eventbus._events import EventType, Registry
+
+_MAX_KEY = 255
+_MAX_HEADERS_BYTES = 16_384
+
+current_record: ContextVar[Record | None] = ContextVar("eventbus_current_record", default=None)
+"""The event whose handler is running in this context."""
+
+_added: ContextVar[Mapping[str, str]] = ContextVar("eventbus_headers", default={})  # noqa: B039  # never mutated
+
+
+@contextmanager
+def headers(**values: str) -> Iterator[None]:
+    """Give these headers to every event published in this context: `with headers(correlation_id="c-1"): …`.
+
+    Values are strings. They are taken over those that follow from the delivery being handled, and under those of the call.
+    """
+    token = _added.set({**_added.get(), **values})
+    try:
+        yield
+    finally:
+        _added.reset(token)
+
+
+class Encoder:
+    """Makes records. May be used from any thread."""
+
+    def __init__(self, registry: Registry, codec: Codec, ids: Ids, clock: Clock, max_event_bytes: int) -> None:
+        self._registry = registry
+        self._codec = codec
+        self._ids = ids
+        self._clock = clock
+        self._max_bytes = max_event_bytes
+        self._met: set[type] = set()
+        self.on_new_type: Callable[[EventType], object] = lambda _kind: None
+        """Called with each type before its first record is returned."""
+
+    def is_event(self, thing: object) -> bool:
+        """Whether this could be published."""
+        return is_event_class(type(thing))
+
+    def draft(self, draft: object) -> Record:
+        """A record of a `Draft`, or of a bare event."""
+        if isinstance(draft, Draft):
+            return self.record(
+                draft.event, key=draft.key, idempotency_key=draft.idempotency_key, headers=draft.headers, due=draft.due
+            )
+        return self.record(draft)
+
+    def record(
+        self,
+        event: object,
+        *,
+        key: object = None,
+        idempotency_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        due: datetime | timedelta | None = None,
+    ) -> Record:
+        """A record that is ready to be stored.
+
+        Raises:
+            InvalidEvent: the event, or an option, cannot be stored as it is.
+            InvalidEventType: the event's class cannot be an event.
+        """
+        kind = self._registry.of(type(event))
+        if kind.cls not in self._met:
+            self._met.add(kind.cls)
+            self.on_new_type(kind)
+        data = self._encode(event, kind)
+        if key is None and kind.key_field is not None:
+            key = getattr(event, kind.key_field)
+        text_key = None if key is None else _key(key, kind)
+        event_id = self._ids.next()
+        return Record(
+            event_id,
+            kind.name,
+            kind.version,
+            self._clock.time(),
+            text_key,
+            slot_of(event_id if text_key is None else text_key),
+            _headers(headers, kind),
+            self._codec.content_type,
+            data,
+            None if idempotency_key is None else _idempotency_key(idempotency_key, kind),
+            None if due is None else _due(due, self._clock.time(), kind),
+            event=event if kind.shared else None,
+        )
+
+    def _encode(self, event: object, kind: EventType) -> bytes:
+        try:
+            data = self._codec.encode(event)
+        except Fault as fault:
+            raise InvalidEvent(kind.name, fault.field, fault.reason) from fault.__cause__
+        if len(data) > self._max_bytes:
+            raise InvalidEvent(
+                kind.name,
+                "",
+                f"takes {len(data):,} bytes; the limit is {self._max_bytes:,} (max_event_bytes). "
+                "Keep the bulk elsewhere and publish where it is",
+            )
+        return data
+
+
+def _key(key: object, kind: EventType) -> str:
+    text = str(key)
+    if not 0 < len(text) <= _MAX_KEY or not _storable(text):
+        raise InvalidEvent(kind.name, "key", f"{text[:40]!r} is no key: 1 to {_MAX_KEY} characters of valid text")
+    return text
+
+
+def _idempotency_key(key: object, kind: EventType) -> str:
+    if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY or not _storable(key):
+        raise InvalidEvent(kind.name, "idempotency_key", f"must be a str of 1 to {_MAX_KEY} characters, not {str(key)[:40]!r}")
+    return key
+
+
+def _due(due: object, now: float, kind: EventType) -> float:
+    if isinstance(due, timedelta):
+        return now + due.total_seconds()
+    if isinstance(due, datetime) and due.tzinfo is not None:
+        return due.timestamp()
+    raise InvalidEvent(kind.name, "due", f"must be an aware datetime or a timedelta, not {due!r}")
+
+
+def _headers(own: Mapping[str, str] | None, kind: EventType) -> str | None:
+    parent, added = current_record.get(), _added.get()
+    if parent is None and not added and not own:
+        return None
+    values: dict[str, str] = {}
+    if parent is not None:
+        values["correlation_id"] = headers_of(parent).get("correlation_id", parent.id)
+        values["causation_id"] = parent.id
+    values.update(added)
+    values.update(own or {})
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, str) or not _storable(name + value):
+            raise InvalidEvent(kind.name, f"headers[{name!r}]", f"headers are text for text, not {value!r:.80}")
+    text = msgspec.json.encode(values).decode()
+    if len(text) > _MAX_HEADERS_BYTES:
+        raise InvalidEvent(kind.name, "headers", f"take {len(text):,} characters; the limit is {_MAX_HEADERS_BYTES:,}")
+    return text
+
+
+def _storable(text: str) -> bool:
+    """Whether SQLite, and every other store, can hold this text: no lone surrogates, no NUL."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+

@@ -1,0 +1,248 @@
+"""How a lane comes by the events of the log: handed over while it is live, read in pages while it is behind.
+
+publish → journal → store → *lanes* → workers → outcome. A `Feed` belongs to a subscription, or to one type of it; its `Intake`s
+belong to one lane each. Committed events are offered to the feeds by reference. An intake that is full takes no more and is
+behind: it reads pages from the store until it has reached the head, and turns live in one step on the loop, so that no event
+is handed to it twice and none is left out: it drops what lies at or below the position that it has taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from eventbus.stores.base import Events, Page, Record, lane_of_slot
+
+if TYPE_CHECKING:
+    from eventbus._reader import Reader
+    from eventbus._timers import Timers
+
+_log = logging.getLogger("eventbus")
+
+QUEUE = 1_000
+"""Events that may wait in one lane."""
+PAGE = 500
+PAGE_BYTES = 1_048_576
+RECORD_OVERHEAD = 600
+"""Bytes that a waiting event takes beside its data, roughly."""
+READ_AGAIN = 0.5
+"""Seconds after which a page that could not be read is asked for again."""
+
+
+class Budget:
+    """Bounds the bytes that wait in all lanes of a bus together.
+
+    When it is exceeded, the lane that was served least recently forgets what waits in it and falls behind; it reads that
+    again later. So stalled lanes hold little memory, and busy ones keep theirs. No lane may hold more than half of it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._by_use: OrderedDict[Intake, None] = OrderedDict()
+
+    def has_room(self, intake: Intake) -> bool:
+        """Whether an intake may hold more."""
+        return intake.bytes < self._limit // 2
+
+    def add(self, intake: Intake, size: int) -> None:
+        """An event has come to wait in an intake."""
+        self._used += size
+        self._by_use[intake] = None
+        while self._used > self._limit and len(self._by_use) > 1:
+            oldest = next(iter(self._by_use))
+            if oldest is intake:
+                self._by_use.move_to_end(intake)
+            else:
+                del self._by_use[oldest]
+                oldest.forget()
+
+    def remove(self, size: int) -> None:
+        """An event waits no more."""
+        self._used -= size
+
+    def touch(self, intake: Intake) -> None:
+        """A lane is being served."""
+        if intake in self._by_use:
+            self._by_use.move_to_end(intake)
+
+
+class Intake:
+    """What waits for one lane, in order of position."""
+
+    def __init__(self, feed: Feed, budget: Budget, taken: int, wake: Callable[[], object]) -> None:
+        self.feed = feed
+        self.taken = taken
+        """Everything of this lane up to here has been given to it."""
+        self.live = False
+        self.bytes = 0
+        self.forgotten = 0
+        self._queue: deque[Record] = deque()
+        self._budget = budget
+        self._wake = wake
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def has_room(self) -> bool:
+        """Whether it may be given another event."""
+        return len(self._queue) < QUEUE and self._budget.has_room(self)
+
+    def offer(self, record: Record) -> bool:
+        """Take an event that comes after all taken so far; False if there is no room."""
+        if not self.has_room():
+            return False
+        self.taken = record.position
+        self._queue.append(record)
+        self._grow(len(record.data) + RECORD_OVERHEAD)
+        self._wake()
+        return True
+
+    def pop(self) -> Record | None:
+        """The next event, or None: then more is on its way, or there is none."""
+        queue = self._queue
+        if not self.live and len(queue) < PAGE // 2:
+            self.feed.read()
+        if not queue:
+            return None
+        record = queue.popleft()
+        size = len(record.data) + RECORD_OVERHEAD
+        self.bytes -= size
+        self._budget.remove(size)
+        return record
+
+    def put_back(self, record: Record) -> None:
+        """Undo the last `pop`."""
+        self._queue.appendleft(record)
+        self._grow(len(record.data) + RECORD_OVERHEAD)
+
+    def reach(self) -> int:
+        """Everything of this lane up to here has been given to it, or never was in the log."""
+        return max(self.taken, self.feed.head()) if self.live else self.taken
+
+    def first(self) -> int | None:
+        """The position of what waits first."""
+        return self._queue[0].position if self._queue else None
+
+    def moved(self) -> None:
+        """It has come further without an event."""
+        self._wake()
+
+    def touch(self) -> None:
+        """The lane is being served."""
+        self._budget.touch(self)
+
+    def forget(self) -> None:
+        """Drop what waits; it is read again later."""
+        if self._queue:
+            self.taken = self._queue[0].position - 1  # a bound below the first event that is dropped
+            self._queue.clear()
+            self._budget.remove(self.bytes)
+            self.bytes = 0
+            self.live = False
+            self.forgotten += 1
+            self._wake()
+
+    def reset(self, taken: int) -> None:
+        """Begin again after another position."""
+        self.forget()
+        self.taken = taken
+        self.live = False
+        self.forgotten += 1
+
+    def _grow(self, size: int) -> None:
+        self.bytes += size
+        self._budget.add(self, size)
+
+
+class Feed:
+    """Feeds the lanes of one subscription that share their pages, or the lane of one type.
+
+    Args:
+        types: exact names of the types to read, None for all of them.
+        accepts: whether an event that was read, or announced, is for this feed.
+        head: the last position that was announced.
+    """
+
+    def __init__(
+        self,
+        types: tuple[str, ...] | None,
+        accepts: Callable[[Record], bool],
+        reader: Reader,
+        timers: Timers,
+        head: Callable[[], int],
+    ) -> None:
+        self.types = types
+        self._accepts = accepts
+        self._reader = reader
+        self._timers = timers
+        self.head = head
+        self._page = 0  # number of the page that is being read; 0: none
+        self._pages = 0
+        self.intakes: list[Intake] = []
+        self.closed = False
+
+    def of(self, record: Record) -> Intake:
+        """The intake of the lane that an event belongs to."""
+        intakes = self.intakes
+        return intakes[0] if len(intakes) == 1 else intakes[lane_of_slot(record.slot, len(intakes))]
+
+    def offer(self, record: Record) -> None:
+        """An event has been committed and is next in the log."""
+        intake = self.of(record)
+        if intake.live and record.position > intake.taken and self._accepts(record) and not intake.offer(record):
+            intake.live = False
+
+    def fall_behind(self) -> None:
+        """Events have come into the log that nobody announced: read them."""
+        for intake in self.intakes:
+            intake.live = False
+        self.read()
+
+    def retype(self, types: tuple[str, ...] | None) -> None:
+        """Read other types from now on; a page that is under way does not count, for it may lack the new ones."""
+        self.types = types
+        self._page = 0
+        self.read()
+
+    def read(self) -> None:
+        """Read the next page for the lanes that are behind and have room."""
+        if self._page or self.closed:
+            return
+        wanting = [i.taken for i in self.intakes if not i.live and len(i) < PAGE // 2 and i.has_room()]
+        if not wanting:
+            return
+        self._pages += 1
+        number = self._page = self._pages
+        after = min(wanting)
+        forgotten = {intake: intake.forgotten for intake in self.intakes}
+        query = Events(after, PAGE, PAGE_BYTES, types=self.types)
+        self._reader.ask_then(query, lambda answer: self._on_page(number, after, forgotten, answer))
+
+    def _on_page(self, number: int, after: int, forgotten: dict[Intake, int], page: Page | BaseException) -> None:
+        if number != self._page or self.closed:
+            return
+        self._page = 0
+        if isinstance(page, BaseException):
+            _log.error("the log could not be read, trying again: %s", page)
+            self._timers.after(READ_AGAIN, self.read)
+            return
+        # An intake takes part if the page begins at or before the place that it has reached.
+        behind = {i for i in self.intakes if not i.live and i.taken >= after and i.forgotten == forgotten.get(i)}
+        for record in page.records:
+            intake = self.of(record)
+            if (
+                intake in behind
+                and record.position > intake.taken
+                and self._accepts(record)
+                and not (intake.offer(record) and intake.forgotten == forgotten[intake])
+            ):
+                behind.discard(intake)
+        for intake in behind:
+            if intake.forgotten == forgotten[intake]:
+                intake.taken = max(intake.taken, page.up_to)
+                intake.live = page.up_to >= self.head()
+                intake.moved()
+        self.read()

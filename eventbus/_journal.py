@@ -1,0 +1,352 @@
+"""The journal: one thread that writes, many callers that wait, one transaction for all of them.
+
+publish → *journal* → store → lanes → workers → outcome → *journal* → store. In come groups of records to append, outcomes
+(`Unit`) and commands, from tasks of the loop; they gather while the thread commits, and the next commit takes all there are.
+Out goes, with one post to the loop per commit, what became durable: to the dispatcher, to the lanes, to those who wait.
+This is group commit: see "Group commit" in Gray & Reuter, Transaction Processing, 1993, 9.4.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+
+import attrs
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from eventbus.errors import (
+    BusNotOpen,
+    EventBusError,
+    PublishOutcomeUnknown,
+    StoreBusy,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
+from eventbus.stores.base import Batch, Command, Committed, Record, Refusal, Stored, Unit
+
+if TYPE_CHECKING:
+    from eventbus._clock import Clock
+    from eventbus._loop import Loop, Waiter
+    from eventbus.stores.base import Store
+
+T = TypeVar("T")
+
+_log = logging.getLogger("eventbus")
+
+OUTCOME_INTERVAL = 0.020
+"""Seconds between commits that carry outcomes alone."""
+
+RETRY_INTERVAL = 0.5
+"""Seconds after which outcomes that could not be written are tried again, if nothing else is."""
+
+_PASSING = (StoreBusy, StoreFull, StoreUnavailable, PublishOutcomeUnknown)
+"""Failures after which the store may be tried again."""
+
+
+class Settling(Protocol):
+    """Who sends units: a lane."""
+
+    def confirmed(self, unit: Unit, serial: int, refusal: Refusal | None, *, conflict: bool) -> None:
+        """What became of a unit."""
+
+
+class Listener(Protocol):
+    """Who is told what the journal has done: the dispatcher. Called on the loop."""
+
+    def announce(self, committed: Committed) -> None:
+        """Events have become durable."""
+
+    def halt(self, error: EventBusError) -> None:
+        """Outcomes cannot be written: start no further attempt."""
+
+    def proceed(self) -> None:
+        """Outcomes can be written again."""
+
+    def crashed(self, error: EventBusError, *, told: bool) -> None:
+        """The journal has stopped for good; `told` says whether any caller was given the error."""
+
+
+@attrs.define(eq=False)
+class _Ticket:
+    """A caller who waits: for a group of records, or for a command."""
+
+    decided: Callable[[], object]
+    records: Sequence[Record] = ()
+    command: Command[object] | None = None
+    result: object = None
+
+
+@attrs.define(eq=False)
+class _Pending:
+    """What the next commit takes."""
+
+    appends: list[_Ticket] = attrs.field(factory=list)
+    commands: list[_Ticket] = attrs.field(factory=list)
+    units: list[tuple[Settling, Unit, int]] = attrs.field(factory=list)
+    last: dict[tuple[str, str], int] = attrs.field(factory=dict)  # index in units of each lane's newest, for coalescing
+    jobs: list[Callable[[], object]] = attrs.field(factory=list)
+    urgent: bool = False
+
+
+def _plain(unit: Unit) -> bool:
+    """Whether a unit says no more than where the lane's checkpoint is, so that a later one can stand for it."""
+    return (
+        unit.source == "log"
+        and unit.attempt == 0
+        and unit.death is None
+        and unit.pause is None
+        and not unit.rows
+        and not unit.published
+    )
+
+
+class Journal:
+    """Runs the store's `open`, `commit` and `close` in a thread of its own."""
+
+    def __init__(self, store: Store, loop: Loop, clock: Clock, max_pending: int) -> None:
+        self._store = store
+        self._loop = loop
+        self._clock = clock
+        self._max_pending = max_pending
+        self._condition = threading.Condition(threading.Lock())
+        self._pending = _Pending()
+        self._size = 0  # records handed in and not decided yet
+        self._room: collections.deque[tuple[int, Waiter]] = collections.deque()
+        self._closing = False
+        self._halted = False
+        self._last_commit = 0.0
+        self._retry_at = 0.0
+        self._crash: EventBusError | None = None
+        self.listener: Listener | None = None
+
+    @property
+    def size(self) -> int:
+        """Records that wait to be written."""
+        return self._size
+
+    # -------------------------------------------------------------- on the loop
+
+    async def append(self, records: Sequence[Record]) -> Sequence[Stored]:
+        """Append a group of records, all or nothing; returns when they are durable.
+
+        Waits while `max_pending` records are waiting before it. A cancellation before the group is queued means that it is
+        not stored; after that, it is raised once the group is decided.
+        """
+        await checkpoint_if_cancelled()
+        await self._admit(len(records))
+        waiter = self._loop.waiter()
+        ticket = _Ticket(waiter.set, records)
+        self._size += len(records)
+        with self._condition:
+            self._pending.appends.append(ticket)
+            self._condition.notify()
+        await waiter.wait_decided()
+        if isinstance(ticket.result, Exception):
+            raise ticket.result
+        return cast("Sequence[Stored]", ticket.result)
+
+    async def command(self, command: Command[T]) -> T:
+        """Have a command carried out; returns its result when it is durable, or raises the error that it is."""
+        waiter = self._loop.waiter()
+        ticket = self._submit(command, waiter.set)
+        await waiter.wait_decided()
+        if isinstance(ticket.result, Exception):
+            raise ticket.result
+        return cast("T", ticket.result)
+
+    def submit(self, command: Command[T], then: Callable[[T | Exception], object]) -> None:
+        """Have a command carried out before whatever is queued after it; from any thread.
+
+        `then` is called on the loop with the result, before the events of its transaction are announced.
+        """
+        ticket = self._submit(command, lambda: then(cast("T | Exception", ticket.result)))
+
+    def _submit(self, command: Command[T], decided: Callable[[], object]) -> _Ticket:
+        self._check()
+        ticket = _Ticket(decided, command=cast("Command[object]", command))
+        with self._condition:
+            self._pending.commands.append(ticket)
+            self._condition.notify()
+        return ticket
+
+    def settle(self, lane: Settling, unit: Unit, serial: int) -> None:
+        """Write an outcome, with the next commit; `lane.confirmed` tells what became of it."""
+        key = (unit.subscription, unit.lane)
+        with self._condition:
+            pending = self._pending
+            last = pending.last.get(key)
+            if last is not None and _plain(unit) and _plain(pending.units[last][1]):
+                pending.units[last] = (lane, unit, serial)
+            else:
+                pending.last[key] = len(pending.units)
+                pending.units.append((lane, unit, serial))
+            self._condition.notify()
+
+    def flush(self) -> None:
+        """Do not make outcomes wait for the interval: somebody waits for them."""
+        with self._condition:
+            self._pending.urgent = True
+            self._condition.notify()
+
+    def job(self, job: Callable[[], object]) -> None:
+        """Run a function between two transactions. It must not raise."""
+        with self._condition:
+            self._pending.jobs.append(job)
+            self._condition.notify()
+
+    def close(self) -> None:
+        """Commit what is pending, then end the thread's `run`."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        for _, waiter in self._room:
+            waiter.set()
+
+    def _check(self) -> None:
+        if self._crash is not None:
+            raise _again(self._crash, ())
+        if self._closing:
+            raise BusNotOpen("the bus is closing: nothing was stored")
+
+    async def _admit(self, count: int) -> None:
+        self._check()
+        queued = bool(self._room)  # behind those who wait already
+        while queued or (self._size and self._size + count > self._max_pending):
+            entry = (count, self._loop.waiter())
+            self._room.append(entry)
+            try:
+                await entry[1].wait()
+            except BaseException:
+                if entry in self._room:
+                    self._room.remove(entry)
+                self._admit_waiting()
+                raise
+            self._check()
+            queued = False
+
+    # -------------------------------------------------------------- in the thread
+
+    def run(self) -> None:
+        """Commit what is pending, again and again, until closed. The job of the writer's thread."""
+        while (pending := self._take()) is not None:
+            if pending.appends or pending.commands or pending.units:
+                try:
+                    committed = self._store.commit(self._batch(pending))
+                except EventBusError as error:
+                    self._put_back(pending, error)
+                    self._post(self._on_failed, pending, error)
+                except BaseException as error:  # noqa: BLE001  # a fault of ours or the store's: nobody may wait for ever
+                    wrapped = StoreError(f"the store failed unexpectedly: {error!r}")
+                    wrapped.__cause__ = error
+                    self._post(self._on_failed, pending, wrapped)
+                else:
+                    self._last_commit = self._clock.monotonic()
+                    self._post(self._on_committed, pending, committed)
+            for job in pending.jobs:
+                job()
+
+    def _take(self) -> _Pending | None:
+        with self._condition:
+            while True:
+                pending, now = self._pending, self._clock.monotonic()
+                if pending.appends or pending.commands or pending.jobs:
+                    break
+                if pending.units:
+                    due = max(0.0 if pending.urgent else self._last_commit + OUTCOME_INTERVAL, self._retry_at)
+                    if self._closing or due <= now:
+                        break
+                    self._condition.wait(due - now)
+                elif self._closing:
+                    return None
+                else:
+                    self._condition.wait()
+            self._pending = _Pending()
+            return pending
+
+    def _batch(self, pending: _Pending) -> Batch:
+        return Batch(
+            now=self._clock.time(),
+            appends=[ticket.records for ticket in pending.appends],
+            units=[unit for _, unit, _ in pending.units],
+            commands=[ticket.command for ticket in pending.commands if ticket.command is not None],
+        )
+
+    def _put_back(self, pending: _Pending, error: EventBusError) -> None:
+        """Outcomes are not lost with a failed commit: they go before those that came meanwhile."""
+        with self._condition:
+            if not isinstance(error, _PASSING) or self._closing:
+                return
+            self._retry_at = self._clock.monotonic() + RETRY_INTERVAL
+            later, self._pending.units, self._pending.last = self._pending.units, list(pending.units), {}
+            for lane, unit, serial in later:
+                self._pending.last[unit.subscription, unit.lane] = len(self._pending.units)
+                self._pending.units.append((lane, unit, serial))
+
+    def _post(self, function: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.post(function, *args)
+        except RuntimeError:
+            _log.warning("the event loop is gone; what was being written is in the store, nobody could be told")
+
+    # -------------------------------------------------------------- on the loop again
+
+    def _on_committed(self, pending: _Pending, committed: Committed) -> None:
+        listener = self.listener
+        for ticket, result in zip(pending.commands, committed.results, strict=True):
+            self._decide(ticket, result)
+        if listener is not None:
+            if self._halted:
+                self._halted = False
+                listener.proceed()
+            listener.announce(committed)
+        conflicts = set(committed.conflicts)
+        for index, (lane, unit, serial) in enumerate(pending.units):
+            lane.confirmed(unit, serial, committed.refused.get(index), conflict=index in conflicts)
+        for ticket, result in zip(pending.appends, committed.appends, strict=True):
+            self._decide(ticket, result)
+        self._admit_waiting()
+
+    def _on_failed(self, pending: _Pending, error: EventBusError) -> None:
+        if not isinstance(error, _PASSING):
+            self._crash = error
+            _log.critical("the journal has stopped: %s", error, exc_info=error)
+        for ticket in pending.appends:
+            self._decide(ticket, _again(error, ticket.records))
+        for ticket in pending.commands:
+            self._decide(ticket, _again(error, ()))
+        if self.listener is not None:
+            if self._crash is not None:
+                self.listener.crashed(self._crash, told=bool(pending.appends or pending.commands))
+            elif pending.units and not self._halted:
+                self._halted = True
+                _log.error("outcomes cannot be written, dispatch waits: %s", error)
+                self.listener.halt(error)
+        self._admit_waiting()
+
+    def _decide(self, ticket: _Ticket, result: object) -> None:
+        self._size -= len(ticket.records)
+        ticket.result = result
+        ticket.decided()
+
+    def _admit_waiting(self) -> None:
+        room = self._max_pending - self._size
+        while self._room and (room >= self._room[0][0] or not self._size):
+            count, waiter = self._room.popleft()
+            room -= count
+            waiter.set()
+            if room <= 0:
+                break
+
+
+def _again(error: EventBusError, records: Sequence[Record]) -> EventBusError:
+    """The error of a failed commit, for one of the callers whose records were in it."""
+    if isinstance(error, PublishOutcomeUnknown):
+        own: EventBusError = PublishOutcomeUnknown([record.id for record in records])
+    else:
+        own = type(error)(*error.args)
+    own.__cause__ = error
+    return own

@@ -1,0 +1,627 @@
+"""Lanes: which event is next for whom, and what becomes of it.
+
+publish → journal → store → *lanes* → workers → outcome → journal. A `Lane` is the serial order inside one subscription. It has
+sources that take turns: the log first of all, redrives and replays beside it. A worker takes an `Attempt`, runs the handler,
+and gives back an outcome; the source it came from turns that into a `Unit` for the journal. Here is the lane, and the log as a
+source in strict order (one lane per type, or over the log): while an event is retried, the lane waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+
+from eventbus._retry import next_delay
+from eventbus.errors import IdempotencyConflict, Reject, UndecodableEvent
+from eventbus.hooks import AttemptFailed, LaneBlocked, Moment
+from eventbus.stores.base import Death, LaneState, Record, Refusal, Unit
+from eventbus.stores.base import Source as SourceName
+
+if TYPE_CHECKING:
+    from eventbus._clock import Clock
+    from eventbus._intake import Intake
+    from eventbus._journal import Journal
+    from eventbus._loop import Loop, Waiter
+    from eventbus._reader import Reader
+    from eventbus._subscription import Subscription
+    from eventbus._timers import Timers
+
+_log = logging.getLogger("eventbus")
+
+AHEAD = 1_000
+"""Deliveries that a lane may have settled ahead of what is stored."""
+_TRACEBACK = 16_000
+_MESSAGE = 2_000
+
+
+@attrs.define(eq=False)
+class Attempt:
+    """One run of a handler, from the lane that gave it to the outcome.
+
+    Attributes:
+        number: counted from 1.
+        item: what the source knows this delivery by, where the record does not say it.
+        outbox: events that the attempt wants published with its ack.
+        over: its outcome stands; whatever it still does is too late.
+        epoch: the lane's, when it was given out.
+    """
+
+    lane: Lane
+    source: Source
+    record: Record
+    number: int
+    item: object = None
+    replaying: bool = False
+    outbox: list[Record] = attrs.field(factory=list)
+    over: bool = False
+    epoch: int = 0
+
+
+@attrs.frozen
+class Acked:
+    """The handler is done; what it published is committed with the ack."""
+
+    published: Sequence[Record] = ()
+
+
+@attrs.frozen
+class Failed:
+    """The attempt failed. `final`: another one cannot do better."""
+
+    error: BaseException
+    final: bool = False
+
+
+@attrs.frozen
+class Released:
+    """Given back uncounted: the bus is stopping."""
+
+
+@attrs.frozen
+class Undeliverable:
+    """This program has no class for the event, or an older one: the lane waits for a program that has."""
+
+    reason: str
+
+
+Outcome = Acked | Failed | Released | Undeliverable
+ACKED = Acked()
+RELEASED = Released()
+
+
+@attrs.define(eq=False)
+class Failure:
+    """What a source is told of a failed attempt: when to try again (seconds from now), or None to give up."""
+
+    attempt: Attempt
+    error: BaseException
+    delay: float | None
+    final: bool
+    now: float
+
+
+class Source(Protocol):
+    """Where a lane's deliveries come from.
+
+    Attributes:
+        beside: it delivers beside the log, as redrives and replays do.
+    """
+
+    beside: bool
+
+    def take(self) -> Attempt | None:
+        """The next attempt that can run now."""
+
+    def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
+        """It is done."""
+
+    def failed(self, failure: Failure) -> None:
+        """It failed: try again later, or give up."""
+
+    def given_back(self, attempt: Attempt) -> None:
+        """It did not run, or not to its end, and does not count; the latest taken comes first."""
+
+
+class LogSource(Source, Protocol):
+    """The log as a source: it knows the lane's checkpoint."""
+
+    intake: Intake
+
+    @property
+    def checkpoint(self) -> int:
+        """Up to here everything is settled, or has a row."""
+
+    def done(self) -> tuple[int, ...]:
+        """Positions above the checkpoint that are settled."""
+
+    def clear_to(self, position: int) -> bool:
+        """Whether everything up to a position is settled, and the store knows it."""
+
+    def confirmed(self, unit: Unit) -> None:
+        """A unit of this lane has been committed."""
+
+    def retry_now(self) -> None:
+        """The subscription has been resumed: what waits is due, at attempt 1."""
+
+    @property
+    def waiting(self) -> int:
+        """Deliveries that wait for another attempt."""
+
+
+class Holder(Protocol):
+    """The subscription that a lane belongs to.
+
+    Attributes:
+        paused: the reason, or None. halted: outcomes cannot be written for now.
+        rewinding: its lanes are being set back, so their units may be refused.
+        stuck: threads that have outlived their timeout. workers: how many serve it. delayed: lanes that wait for one of them.
+    """
+
+    options: Subscription
+    paused: str | None
+    halted: bool
+    rewinding: bool
+    stuck: int
+    workers: int
+    delayed: list[Lane]
+
+    def pause(self, reason: str) -> None:
+        """Stop giving out deliveries; the lane has stored the reason."""
+
+    def count(self, *, handled: bool) -> None:
+        """An attempt has ended."""
+
+    def redriven(self, letter: int) -> None:
+        """The store knows what became of a redriven dead letter."""
+
+    def arguments(self, attempt: Attempt) -> tuple[object, ...]:
+        """What the handler is called with. From any thread.
+
+        Raises:
+            UnknownEventType, UndecodableEvent: the event cannot be decoded.
+        """
+
+    def published(self, attempt: Attempt, result: object) -> Sequence[Record]:
+        """What the attempt publishes: its outbox, and the events that the handler returned. From any thread."""
+
+
+@attrs.define(eq=False)
+class Environment:
+    """What lanes are given of the world."""
+
+    clock: Clock
+    timers: Timers
+    loop: Loop
+    journal: Journal
+    reader: Reader
+    random: Callable[[], float]
+    schedule: Callable[[Lane], object]
+    notify: Callable[[Moment], object]
+    cascades: list[Cascade] = attrs.field(factory=list)
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep by the clock that was given."""
+        waiter = self.loop.waiter()
+        self.timers.after(seconds, waiter.set)
+        await waiter.wait()
+
+
+class Cascade:
+    """What follows from the events up to a position: those that their handlers publish, and what follows from these."""
+
+    def __init__(self, until: int) -> None:
+        self._until = until
+        self._extra: set[int] = set()
+        self.found: list[Record] = []
+
+    def follow(self, parent: int, records: Sequence[Record]) -> None:
+        """An attempt of the event at `parent` has published these."""
+        if parent <= self._until or parent in self._extra:
+            for record in records:
+                if record.position:
+                    self._extra.add(record.position)
+                    self.found.append(record)
+
+
+class Lane:
+    """The serial order inside one subscription. All of it runs on the loop."""
+
+    def __init__(self, environment: Environment, holder: Holder, state: LaneState, concurrency: int) -> None:
+        self.environment = environment
+        self.holder = holder
+        self.name = state.lane
+        self.epoch = state.epoch
+        self.concurrency = concurrency
+        self.log: LogSource  # set right after, by who makes the lane
+        self.sources: list[Source] = []
+        self.blocked: str | None = None
+        self.closed = False
+        self.scheduled = False
+        self.running = 0
+        self._turn = 0
+        self._serial = 0  # deliveries settled
+        self._confirmed = 0  # … of which the store knows
+        self._dirty = False
+        self._stored = state.checkpoint
+        self._waiters: list[tuple[int, Waiter]] = []
+
+    def begin(self, log: LogSource, *others: Source) -> None:
+        """Give the lane its sources."""
+        self.log = log
+        self.sources = [log, *others]
+
+    # -------------------------------------------------------------- for the workers
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        if self._waiters:
+            self._tell_waiters()
+        if not self.scheduled and self.running < self.concurrency and not self.closed:
+            self.environment.schedule(self)
+
+    def take(self) -> Attempt | None:
+        """The next attempt to run, or None for now."""
+        holder = self.holder
+        if (
+            self.running >= self.concurrency
+            or self._serial - self._confirmed >= AHEAD
+            or holder.paused is not None
+            or holder.halted
+            or self.blocked is not None
+            or self.closed
+        ):
+            return None
+        attempt = self._next()
+        if attempt is not None:
+            attempt.epoch = self.epoch
+            self.running += 1
+        return attempt
+
+    def take_more(self, limit: int) -> list[Attempt]:
+        """Further first attempts from the log, after one from there, for one crossing into a thread."""
+        limit = min(limit, AHEAD - (self._serial - self._confirmed))
+        more: list[Attempt] = []
+        while len(more) < limit and len(self.sources) == 1 and (attempt := self.log.take()) is not None:
+            if attempt.number > 1:
+                self.log.given_back(attempt)
+                break
+            attempt.epoch = self.epoch
+            more.append(attempt)
+        return more
+
+    def _next(self) -> Attempt | None:
+        sources = self.sources
+        for _ in range(len(sources)):
+            self._turn = (self._turn + 1) % len(sources)
+            attempt = sources[self._turn].take()
+            if attempt is not None:
+                return attempt
+        return None
+
+    def settle(self, attempt: Attempt, outcome: Outcome) -> None:
+        """Take an attempt's outcome, once."""
+        if attempt.over:
+            return
+        attempt.over = True
+        self.running -= 1
+        if attempt.epoch != self.epoch and attempt.source not in self.sources:
+            return  # the lane was rewound meanwhile: the event comes again
+        if isinstance(outcome, Acked):
+            self.holder.count(handled=True)
+            attempt.source.acked(attempt, outcome.published)
+        elif isinstance(outcome, Failed):
+            self.holder.count(handled=False)
+            attempt.source.failed(self._failure(attempt, outcome))
+        else:
+            attempt.source.given_back(attempt)
+        if isinstance(outcome, Undeliverable) and self.blocked is None:
+            self.blocked = outcome.reason
+            _log.error("%s: the lane %r waits: %s", self.holder.options.name, self.name, outcome.reason)
+            self.environment.notify(LaneBlocked(self.holder.options.name, self.name, outcome.reason))
+            self.tell_waiters()
+
+    def give_back(self, attempt: Attempt) -> None:
+        """Take an attempt back that did not run."""
+        attempt.over = True
+        if attempt.source in self.sources:
+            attempt.source.given_back(attempt)
+
+    def _failure(self, attempt: Attempt, outcome: Failed) -> Failure:
+        error, delay = outcome.error, None
+        final = outcome.final or isinstance(error, (Reject, UndecodableEvent))
+        if not final:
+            delay = next_delay(self.holder.options.retry, attempt.number, error, self.environment.random)
+        options, record = self.holder.options, attempt.record
+        self.environment.notify(
+            AttemptFailed(options.name, record.type, record.position, attempt.number, error, delay)
+        )
+        level = logging.INFO if delay is not None else logging.WARNING
+        _log.log(
+            level,
+            "%s: attempt %d of %s at %d failed: %s: %s%s",
+            options.name,
+            attempt.number,
+            record.type,
+            record.position,
+            type(error).__name__,
+            error,
+            "" if delay is None else f"; next in {delay:.2f} s",
+        )
+        return Failure(attempt, error, delay, final, self.environment.clock.time())
+
+    # -------------------------------------------------------------- towards the journal
+
+    def settled(self) -> None:
+        """A delivery is settled by the checkpoint alone; it is written with the next `flush`."""
+        self._serial += 1
+        self._dirty = True
+
+    def flush(self) -> None:
+        """Hand the checkpoint to the journal, if it has moved."""
+        if self._dirty:
+            self.send("log", self.log.checkpoint, counts=False)
+
+    def send(self, source: SourceName, position: int, *, counts: bool = True, **parts: object) -> Unit:
+        """Hand a unit to the journal, and return it. `counts`: it settles a delivery of its own."""
+        if counts:
+            self._serial += 1
+        self._dirty = False
+        unit = Unit(
+            self.holder.options.name,
+            self.name,
+            self.epoch,
+            source,
+            position,
+            self.log.checkpoint,
+            self.log.done(),
+            **parts,  # type: ignore[arg-type]  # the callers name Unit's own fields
+        )
+        self.environment.journal.settle(self, unit, self._serial)
+        if self._waiters:
+            self.environment.journal.flush()
+        return unit
+
+    def confirmed(self, unit: Unit, serial: int, refusal: Refusal | None, *, conflict: bool) -> None:
+        """The journal has written a unit, or left it out."""
+        self._confirmed = serial
+        if conflict:
+            _log.error("%s: an event it published has an idempotency key of other content: dead-lettered", unit.subscription)
+        if refusal == "fenced":
+            if unit.epoch == self.epoch and not self.closed and not self.holder.rewinding:
+                self.close()
+                _log.error("%s: the lane %r belongs to another instance now", unit.subscription, unit.lane)
+        elif unit.epoch == self.epoch:
+            if refusal is not None:
+                _log.info("%s: the delivery at %d had been settled before", unit.subscription, unit.position)
+            self._stored = max(self._stored, unit.checkpoint)
+            self.log.confirmed(unit)
+            if refusal is None and unit.published:
+                for cascade in self.environment.cascades:
+                    cascade.follow(unit.position, unit.published)
+        if unit.dead_letter is not None and unit.retry is None:
+            self.holder.redriven(unit.dead_letter)
+        self.wake()
+
+    # -------------------------------------------------------------- for those who wait
+
+    @property
+    def stored(self) -> int:
+        """The checkpoint that the store knows."""
+        return self._stored
+
+    def up_to_date(self) -> bool:
+        """Whether the store knows of every delivery that was settled."""
+        return not self._dirty and self._confirmed == self._serial
+
+    def clear_to(self, position: int) -> bool:
+        """Whether everything of this lane up to a position is settled, and the store knows it."""
+        return self.log.clear_to(position)
+
+    def hindrance(self) -> str | None:
+        """Why this lane gives nothing out for now, if so."""
+        if self.holder.paused is not None:
+            return f"paused: {self.holder.paused}"
+        if self.closed:
+            return "not dispatched"
+        return self.blocked
+
+    async def wait_clear(self, position: int) -> str | None:
+        """Wait until everything up to a position is settled; returns None then, or at once why that will not come."""
+        while not self.clear_to(position):
+            reason = self.hindrance()
+            if reason is not None:
+                return reason
+            waiter = self.environment.loop.waiter()
+            entry = (position, waiter)
+            self._waiters.append(entry)
+            self.environment.journal.flush()
+            try:
+                await waiter.wait()
+            finally:
+                if entry in self._waiters:
+                    self._waiters.remove(entry)
+        return None
+
+    def tell_waiters(self) -> None:
+        """Something that they wait for may have changed."""
+        if self._waiters:
+            self._tell_waiters()
+
+    def _tell_waiters(self) -> None:
+        stuck = self.hindrance() is not None
+        for entry in list(self._waiters):
+            if stuck or self.clear_to(entry[0]):
+                self._waiters.remove(entry)
+                entry[1].set()
+        if self._waiters:
+            self.environment.journal.flush()
+
+    # -------------------------------------------------------------- when things change
+
+    def restart(self, state: LaneState, log: LogSource, *others: Source) -> None:
+        """Go on from another checkpoint, in another epoch. What is under way does not count; redrives and replays stay."""
+        kept = [source for source in self.sources if source.beside]
+        self.epoch, self._stored, self._dirty = state.epoch, state.checkpoint, False
+        self.begin(log, *others, *kept)
+
+    def close(self) -> None:
+        """Give out nothing any more."""
+        self.closed = True
+        self.tell_waiters()
+
+
+def death_of(failure: Failure, attempts: int, first_failed_at: float | None) -> Death:
+    """How a delivery ends, for its dead letter."""
+    error = failure.error
+    text = "".join(traceback.format_exception(error))
+    return Death(
+        type(error).__name__,
+        _printable(str(error))[:_MESSAGE],
+        _printable(text)[-_TRACEBACK:],
+        attempts,
+        failure.now if first_failed_at is None else first_failed_at,
+        failure.now,
+    )
+
+
+def conflict_of(attempt: Attempt, published: Sequence[Record], now: float) -> Death | None:
+    """How a delivery ends if an idempotency key that it publishes with turns out to be taken."""
+    keys = [record.idempotency_key for record in published if record.idempotency_key is not None]
+    if not keys:
+        return None
+    message = f"one of the idempotency keys {keys} that it published with belongs to an event of other content"
+    return Death(IdempotencyConflict.__name__, message, "", attempt.number, now, now)
+
+
+def summary_of(error: BaseException) -> str:
+    """An error in one line, for people who look into the tables."""
+    return _printable(f"{type(error).__name__}: {error}")[:_MESSAGE]
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+class StrictSource:
+    """The log in strict order: the next event is given out when the one before it is settled."""
+
+    beside = False
+
+    def __init__(self, lane: Lane, intake: Intake, state: LaneState) -> None:
+        self._lane = lane
+        self.intake = intake
+        self._checkpoint = state.checkpoint
+        self._attempts = state.attempt  # made of the event after the checkpoint
+        self._first_failed_at = state.first_failed_at
+        self._due = 0.0  # monotonic
+        self._current: list[Record] = []  # given out and not settled; more than one only within one crossing into a thread
+        self._next: Record | None = None  # waits for another attempt
+        if state.due_at is not None:
+            self._wait_until(state.due_at)
+
+    @property
+    def checkpoint(self) -> int:
+        """Up to here everything is settled."""
+        return self._checkpoint
+
+    @property
+    def waiting(self) -> int:
+        """1 while an event waits for another attempt."""
+        return int(self._attempts > 0)
+
+    def done(self) -> tuple[int, ...]:
+        """Nothing is settled above the checkpoint."""
+        return ()
+
+    def take(self) -> Attempt | None:
+        """The event after the checkpoint, when it is due."""
+        if self._due and self._lane.environment.clock.monotonic() < self._due:
+            return None
+        record = self._next
+        if record is None:
+            record = self.intake.pop()
+            if record is None:
+                return None
+        self._next = None
+        self._current.append(record)
+        return Attempt(self._lane, self, record, self._attempts + 1 if len(self._current) == 1 else 1)
+
+    def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
+        """The checkpoint moves."""
+        self._pass(attempt)
+        if published:
+            now = self._lane.environment.clock.time()
+            self._lane.send(
+                "log", attempt.record.position, published=tuple(published), conflict=conflict_of(attempt, published, now)
+            )
+        else:
+            self._lane.settled()
+
+    def failed(self, failure: Failure) -> None:
+        """The lane waits, or the event is given up."""
+        attempt, lane = failure.attempt, self._lane
+        position = attempt.record.position
+        first = failure.now if self._first_failed_at is None else self._first_failed_at
+        if failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause"):
+            self._pass(attempt)
+            lane.send("log", position, death=death_of(failure, attempt.number, first))
+            return
+        self._put_first(attempt.record)
+        self._attempts, self._first_failed_at = attempt.number, first
+        due_at = failure.now + (failure.delay or 0.0)
+        self._wait_until(due_at)
+        reason = None if failure.delay is not None else summary_of(failure.error)
+        lane.send(
+            "log",
+            position,
+            attempt=attempt.number,
+            due_at=due_at,
+            first_failed_at=first,
+            error=summary_of(failure.error),
+            pause=reason,
+            counts=False,
+        )
+        if reason is not None:
+            lane.holder.pause(reason)
+
+    def given_back(self, attempt: Attempt) -> None:
+        """It is next again."""
+        self._put_first(attempt.record)
+
+    def retry_now(self) -> None:
+        """What waits is due, at attempt 1."""
+        self._attempts, self._due, self._first_failed_at = 0, 0.0, None
+
+    def clear_to(self, position: int) -> bool:
+        """Whether everything up to a position is settled, and the store knows it."""
+        if self._lane.stored >= position:
+            return True
+        if not self._lane.up_to_date() or self.intake.reach() < position:
+            return False
+        opened = [record.position for record in self._current]
+        opened += [p for p in (self.intake.first(), self._next and self._next.position) if p is not None]
+        return min(opened, default=position + 1) > position
+
+    def confirmed(self, unit: Unit) -> None:
+        """Nothing to do: the lane knows the stored checkpoint."""
+
+    def _put_first(self, record: Record) -> None:
+        self._current.remove(record)
+        if self._next is not None:
+            self.intake.put_back(self._next)
+        self._next = record
+
+    def _pass(self, attempt: Attempt) -> None:
+        self._current.remove(attempt.record)
+        self._checkpoint = attempt.record.position
+        self._attempts, self._due, self._first_failed_at = 0, 0.0, None
+
+    def _wait_until(self, due_at: float) -> None:
+        environment = self._lane.environment
+        delay = max(0.0, due_at - environment.clock.time())
+        self._due = environment.clock.monotonic() + delay
+        environment.timers.at(self._due, self._lane.wake)

@@ -1,0 +1,210 @@
+"""asyncio and trio: the only place that tells them apart, and the only one that makes threads.
+
+The journal's and the reader's threads hand their results to the loop with `Loop.post`; tasks wait for them with a `Waiter`,
+which costs a fraction of anyio's `Event`. Everything else that is asynchronous uses anyio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+from anyio.lowlevel import checkpoint_if_cancelled, current_token
+
+from eventbus.errors import WrongLoop
+
+if TYPE_CHECKING:
+    import trio
+
+
+class Waiter(Protocol):
+    """Something that one task waits for and that happens once."""
+
+    done: bool
+
+    def set(self) -> None:
+        """It has happened. On the loop's thread; again does nothing."""
+
+    async def wait(self) -> None:
+        """Wait for it; cancellation ends the wait."""
+
+    async def wait_decided(self) -> None:
+        """Wait for it; a cancellation is raised only when it has happened."""
+
+
+class Loop(Protocol):
+    """The event loop that a bus was opened on."""
+
+    def post(self, function: Callable[..., object], *args: object) -> None:
+        """Have the loop call a function soon; from any thread. RuntimeError if the loop is gone."""
+
+    def waiter(self) -> Waiter:
+        """A new waiter."""
+
+    def check(self) -> None:
+        """Raise `WrongLoop` unless called from a task of this loop."""
+
+
+def current_loop() -> Loop:
+    """The running loop."""
+    token = current_token()
+    native = token.native_token
+    if isinstance(native, asyncio.AbstractEventLoop):
+        return _Asyncio(native)
+    return _Trio(native)  # type: ignore[arg-type]  # anyio has these two
+
+
+def _wrong_loop() -> WrongLoop:
+    return WrongLoop("the bus belongs to the event loop and thread it was opened on; call it from a task of that loop")
+
+
+# ------------------------------------------------------------------ asyncio
+
+
+class _AsyncioWaiter:
+    __slots__ = ("_future", "_loop", "done")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._future: asyncio.Future[None] | None = None
+        self.done = False
+
+    def set(self) -> None:
+        self.done = True
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    async def wait(self) -> None:
+        if not self.done:
+            # A cancelled wait cancels the future, so each wait has its own.
+            self._future = self._loop.create_future()
+            await self._future
+
+    async def wait_decided(self) -> None:
+        try:
+            await self.wait()
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True):
+                while not self.done:
+                    try:
+                        await self.wait()
+                    except asyncio.CancelledError:
+                        continue  # a second Task.cancel(); the first is raised below, when it is decided
+            raise
+
+
+class _Asyncio:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.post = loop.call_soon_threadsafe
+
+    def waiter(self) -> _AsyncioWaiter:
+        return _AsyncioWaiter(self._loop)
+
+    def check(self) -> None:
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is not self._loop:
+            raise _wrong_loop()
+
+
+# ------------------------------------------------------------------ trio
+
+
+class _TrioWaiter:
+    __slots__ = ("_task", "done")
+
+    def __init__(self) -> None:
+        self._task: trio.lowlevel.Task | None = None
+        self.done = False
+
+    def set(self) -> None:
+        import trio  # noqa: PLC0415  # only where trio runs
+
+        self.done = True
+        task, self._task = self._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    async def wait(self) -> None:
+        await self._wait(decided=False)
+
+    async def wait_decided(self) -> None:
+        await self._wait(decided=True)
+
+    async def _wait(self, *, decided: bool) -> None:
+        import trio  # noqa: PLC0415
+
+        if self.done:
+            return
+        cancelled = False
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            nonlocal cancelled
+            cancelled = True
+            if decided:
+                return trio.lowlevel.Abort.FAILED
+            self._task = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self._task = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        if cancelled:
+            await checkpoint_if_cancelled()
+
+
+class _Trio:
+    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
+        self._token = token
+
+    def post(self, function: Callable[..., object], *args: object) -> None:
+        self._token.run_sync_soon(function, *args)
+
+    def waiter(self) -> _TrioWaiter:
+        return _TrioWaiter()
+
+    def check(self) -> None:
+        import trio  # noqa: PLC0415
+
+        try:
+            token = trio.lowlevel.current_trio_token()
+        except RuntimeError:
+            token = None
+        if token is not self._token:
+            raise _wrong_loop()
+
+
+# ------------------------------------------------------------------ threads
+
+
+class Worker:
+    """A daemon thread of ours that runs one job after another."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Run a job after those before it. A job must not raise."""
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Let the thread end when the jobs before are done; does not wait."""
+        self._jobs.put(None)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread's end; False if it still runs after `timeout` seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()

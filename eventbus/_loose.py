@@ -1,0 +1,392 @@
+"""The log as a source where only a key, or nothing, must stay in order: `order="key"` and `order="none"`.
+
+publish → journal → store → *lanes* → workers → outcome. A failing event does not stop the lane: it gets a row of `deliveries`,
+the checkpoint goes on, and later events of its key are passed over, for the row stands for them as well. When the row is due
+they are read from the log by (key, position) and delivered in order; the row goes with the last ack. Without a key an event
+is alone in its row. `LooseSource` gives out first attempts, `HeldSource` what has rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+
+from eventbus._intake import READ_AGAIN
+from eventbus._lanes import Attempt, Failure, Lane, conflict_of, death_of, summary_of
+from eventbus.stores.base import Events, EventsAt, LaneState, Page, Record, Unit, Waiting
+
+if TYPE_CHECKING:
+    from eventbus._intake import Intake
+
+_log = logging.getLogger("eventbus")
+
+WINDOW = 1_000
+"""Positions that may be settled above the checkpoint; then the event that blocks it gets a row."""
+HELD = 1_000
+"""Rows that a lane may have; then it gives out no first attempts until one goes."""
+_BACKLOG = 64
+_BACKLOG_BYTES = 262_144
+
+Hold = str | int
+"""What a row stands for: a key, or the position of a single event."""
+
+
+@attrs.define(eq=False)
+class Held:
+    """A row of `deliveries`, and how far its events have been read.
+
+    Attributes:
+        row: the position that the row stands at in the store.
+        up_to: the last position that is known to be held by it.
+        backlog: events to deliver, read for it; complete up to `read_to`.
+        active: its backlog was read, or is being read, and it is being worked off.
+    """
+
+    hold: Hold
+    row: int
+    up_to: int
+    attempts: int = 0
+    first_failed_at: float | None = None
+    backlog: deque[Record] = attrs.field(factory=deque)
+    read_to: int = 0
+    active: bool = False
+    reading: bool = False
+    running: bool = False
+
+    @property
+    def key(self) -> str | None:
+        """The key, or None for a single event."""
+        return self.hold if isinstance(self.hold, str) else None
+
+
+class LooseSource:
+    """The log, given out in order of position; an event is not waited for by those of other keys."""
+
+    beside = False
+
+    def __init__(self, lane: Lane, intake: Intake, state: LaneState, *, by_key: bool) -> None:
+        self._lane = lane
+        self.intake = intake
+        self._by_key = by_key
+        self._checkpoint = state.checkpoint
+        self._settled_before = set(state.done)
+        self._window: deque[int] = deque()  # positions given out above the checkpoint, in order
+        self._settled: set[int] = set()  # … those of them that are settled, or have a row
+        self.held: HeldSource  # set right after
+
+    @property
+    def checkpoint(self) -> int:
+        """Up to here everything is settled, or has a row."""
+        return self._checkpoint
+
+    @property
+    def waiting(self) -> int:
+        """Rows of this lane."""
+        return len(self.held)
+
+    def hold_of(self, record: Record) -> Hold:
+        """What a row for this event would stand for."""
+        return record.key if self._by_key and record.key is not None else record.position
+
+    def done(self) -> tuple[int, ...]:
+        """Positions above the checkpoint that are settled or have a row."""
+        return (*self._settled, *self._settled_before)
+
+    def take(self) -> Attempt | None:
+        """The next event whose key is not held."""
+        if len(self._window) >= WINDOW:
+            self._give_row_to_first()
+        while len(self.held) < HELD and (record := self.intake.pop()) is not None:
+            position = record.position
+            self._window.append(position)
+            if position in self._settled_before:
+                self._settled_before.discard(position)
+                self._settle(position)
+            elif self.held.passes(self.hold_of(record), position):
+                self._settle(position)
+                self._lane.settled()
+            else:
+                return Attempt(self._lane, self, record, 1)
+        return None
+
+    def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
+        """It is settled; the checkpoint moves if it was the first."""
+        if self.held.has_row(attempt.record.position):
+            self.held.acked(attempt, published)
+            return
+        self._settle(attempt.record.position)
+        if published:
+            now = self._lane.environment.clock.time()
+            self._lane.send(
+                "log", attempt.record.position, published=tuple(published), conflict=conflict_of(attempt, published, now)
+            )
+        else:
+            self._lane.settled()
+
+    def failed(self, failure: Failure) -> None:
+        """It gets a row, or is given up."""
+        attempt, lane = failure.attempt, self._lane
+        position = attempt.record.position
+        if self.held.has_row(position):
+            self.held.failed(failure)
+            return
+        lane.flush()
+        self._settle(position)
+        if failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause"):
+            lane.send("log", position, death=death_of(failure, attempt.number, None))
+            return
+        held = Held(self.hold_of(attempt.record), position, position, attempt.number, failure.now)
+        self.held.wait(held, failure, "log")
+
+    def given_back(self, attempt: Attempt) -> None:
+        """It is next again."""
+        position = attempt.record.position
+        if not self.held.has_row(position):
+            self._window.remove(position)
+            self.intake.put_back(attempt.record)
+
+    def retry_now(self) -> None:
+        """What waits is due, at attempt 1."""
+        self.held.retry_now()
+
+    def clear_to(self, position: int) -> bool:
+        """Whether everything up to a position is settled, and the store knows it."""
+        if self.held.holds_to(position):
+            return False
+        if self._lane.stored >= position and not self.held.unconfirmed_to(position):
+            return True
+        if not self._lane.up_to_date() or self.intake.reach() < position:
+            return False
+        first = self._window[0] if self._window else self.intake.first()
+        return first is None or first > position
+
+    def confirmed(self, unit: Unit) -> None:
+        """A unit of this lane has been committed."""
+        self.held.confirmed(unit)
+
+    def _settle(self, position: int) -> None:
+        window, settled = self._window, self._settled
+        settled.add(position)
+        while window and window[0] in settled:
+            self._checkpoint = window.popleft()
+            settled.discard(self._checkpoint)
+
+    def _give_row_to_first(self) -> None:
+        """The first event of a full window takes long: it gets a row, so that the checkpoint can pass it."""
+        position = self._window[0]
+        self._settle(position)
+        self.held.add_running(position)
+
+
+class HeldSource:
+    """What has rows: events of held keys, and single events that wait for another attempt."""
+
+    beside = False
+
+    def __init__(self, lane: Lane, log: LooseSource, accepts: Callable[[Record], bool], types: tuple[str, ...] | None) -> None:
+        self._lane = lane
+        self._log = log
+        self._accepts = accepts
+        self.types = types
+        self._held: dict[Hold, Held] = {}
+        self._due: list[tuple[float, int, Held]] = []  # monotonic
+        self._tie = itertools.count()
+        self._active: list[Held] = []
+        self._unconfirmed: deque[Unit] = deque()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def load(self, rows: Iterable[Waiting]) -> None:
+        """Rows from the store, at the start."""
+        for row in rows:
+            hold: Hold = row.position if row.key is None else row.key
+            up_to = row.position if row.key is None else self._log.checkpoint
+            held = Held(hold, row.position, up_to, row.attempt, row.first_failed_at)
+            self._held[hold] = held
+            self._wait_until(held, row.due_at)
+
+    def passes(self, hold: Hold, position: int) -> bool:
+        """Whether a key is held; if so, this event of it is held as well."""
+        held = self._held.get(hold)
+        if held is None:
+            return False
+        held.up_to = position
+        return True
+
+    def has_row(self, position: int) -> bool:
+        """Whether a single event, given out by the log, has got a row meanwhile."""
+        return position in self._held
+
+    def holds_to(self, position: int) -> bool:
+        """Whether something up to a position is held."""
+        return any(held.row <= position for held in self._held.values())
+
+    def unconfirmed_to(self, position: int) -> bool:
+        """Whether the removal of a row up to a position is not in the store yet."""
+        return any(unit.row is not None and unit.row <= position for unit in self._unconfirmed)
+
+    def confirmed(self, unit: Unit) -> None:
+        """A unit of this lane has been committed."""
+        if self._unconfirmed and self._unconfirmed[0] is unit:
+            self._unconfirmed.popleft()
+
+    # -------------------------------------------------------------- a source
+
+    def take(self) -> Attempt | None:
+        """The next event of a held key that is due."""
+        self._activate()
+        for held in self._active:
+            if held.running or held.reading:
+                continue
+            if len(held.backlog) < 2 and held.read_to < held.up_to:  # noqa: PLR2004  # its successor must be known when it is acked
+                self._read(held)
+            elif held.backlog:
+                held.running = True
+                return Attempt(self._lane, self, held.backlog[0], held.attempts + 1, item=held)
+        return None
+
+    def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
+        """The row moves to the next event of its key, or goes."""
+        now = self._lane.environment.clock.time()
+        conflict = conflict_of(attempt, published, now)
+        self._go_on(attempt, published=tuple(published), conflict=conflict)
+
+    def failed(self, failure: Failure) -> None:
+        """The row waits again, or the event is given up and the next one of its key has its turn."""
+        attempt, lane = failure.attempt, self._lane
+        held = self._of(attempt)
+        if failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause"):
+            self._go_on(attempt, death=death_of(failure, attempt.number, held.first_failed_at))
+            return
+        row = held.row
+        held.row, held.attempts = attempt.record.position, attempt.number
+        held.first_failed_at = failure.now if held.first_failed_at is None else held.first_failed_at
+        self.wait(held, failure, "row", row)
+
+    def given_back(self, attempt: Attempt) -> None:
+        """It is next again."""
+        self._of(attempt).running = False
+
+    def retry_now(self) -> None:
+        """Every row is due, at attempt 1."""
+        self._due.clear()
+        for held in self._held.values():
+            if not held.active:
+                held.attempts, held.first_failed_at = 0, None
+                self._wait_until(held, 0.0)
+
+    # -------------------------------------------------------------- rows
+
+    def wait(self, held: Held, failure: Failure, source: str, row: int | None = None) -> None:
+        """Write a row that waits for another attempt of its first event."""
+        lane = self._lane
+        due_at = failure.now + (failure.delay or 0.0)
+        error = summary_of(failure.error)
+        waiting = Waiting(held.row, held.key, held.attempts, due_at, "retrying", held.first_failed_at, error)
+        pause = error if failure.delay is None else None
+        self._held[held.hold] = held
+        self._rest(held)
+        self._wait_until(held, due_at)
+        if source == "log":
+            lane.send("log", held.row, rows=(waiting,), pause=pause)
+        else:
+            self._send(row, held.row, rows=(waiting,), pause=pause)
+        if pause is not None:
+            lane.holder.pause(pause)
+
+    def add_running(self, position: int) -> None:
+        """A first attempt that takes long gets a row; it stays with the worker that runs it."""
+        now = self._lane.environment.clock.time()
+        held = Held(position, position, position, running=True, active=True)
+        self._held[position] = held
+        self._lane.send("log", position, rows=(Waiting(position, None, 0, now, "running"),), counts=False)
+
+    def _of(self, attempt: Attempt) -> Held:
+        if isinstance(attempt.item, Held):
+            return attempt.item
+        return self._held[attempt.record.position]
+
+    def _go_on(self, attempt: Attempt, **parts: object) -> None:
+        """The first event of a row is settled."""
+        held, row = self._of(attempt), self._of(attempt).row
+        held.running = False
+        held.attempts, held.first_failed_at = 0, None
+        if held.backlog:
+            held.backlog.popleft()
+        if held.backlog:
+            held.row = held.backlog[0].position
+            now = self._lane.environment.clock.time()
+            self._send(row, attempt.record.position, rows=(Waiting(held.row, held.key, 0, now),), **parts)
+        else:
+            del self._held[held.hold]
+            if held in self._active:
+                self._active.remove(held)
+            self._send(row, attempt.record.position, **parts)
+
+    def _send(self, row: int | None, position: int, **parts: object) -> None:
+        self._lane.flush()
+        self._unconfirmed.append(self._lane.send("row", position, row=row, **parts))
+
+    def _rest(self, held: Held) -> None:
+        if held in self._active:
+            self._active.remove(held)
+        held.active = held.running = held.reading = False
+        held.backlog.clear()
+        held.read_to = 0
+
+    def _wait_until(self, held: Held, due_at: float) -> None:
+        environment = self._lane.environment
+        due = environment.clock.monotonic() + max(0.0, due_at - environment.clock.time())
+        heapq.heappush(self._due, (due, next(self._tie), held))
+        environment.timers.at(due, self._lane.wake)
+
+    def _activate(self) -> None:
+        """Turn to the rows that are due, as many at once as the lane may run."""
+        now = self._lane.environment.clock.monotonic()
+        while self._due and self._due[0][0] <= now and len(self._active) < self._lane.concurrency:
+            held = heapq.heappop(self._due)[2]
+            held.active = True
+            self._active.append(held)
+            self._read(held)
+
+    # -------------------------------------------------------------- their events
+
+    def _read(self, held: Held) -> None:
+        held.reading = True
+        reader = self._lane.environment.reader
+        if held.key is None:
+            reader.ask_then(EventsAt((held.row,)), lambda answer: self._on_read(held, held.up_to, answer))
+            return
+        up_to = held.up_to
+        after = held.backlog[-1].position if held.backlog else held.row - 1  # a bound below the row
+        query = Events(max(after, held.read_to), _BACKLOG, _BACKLOG_BYTES, until=up_to, types=self.types, key=held.key)
+        reader.ask_then(query, lambda answer: self._on_read(held, up_to, answer))
+
+    def _on_read(self, held: Held, up_to: int, answer: Page | tuple[Record, ...] | BaseException) -> None:
+        if not held.active or self._lane.closed:
+            return
+        if isinstance(answer, BaseException):
+            _log.error("waiting deliveries could not be read, trying again: %s", answer)
+            self._lane.environment.timers.after(READ_AGAIN, lambda: held.active and self._read(held))
+            return
+        held.reading = False
+        records = answer.records if isinstance(answer, Page) else answer
+        held.read_to = answer.up_to if isinstance(answer, Page) else up_to
+        held.backlog.extend(record for record in records if self._accepts(record))
+        if not held.backlog and held.read_to >= held.up_to:
+            self._lose(held)
+        self._lane.wake()
+
+    def _lose(self, held: Held) -> None:
+        """The events of a row are not in the log any more: the row goes."""
+        _log.warning("%s: the event at %d is gone from the log", self._lane.holder.options.name, held.row)
+        del self._held[held.hold]
+        self._rest(held)
+        self._send(held.row, held.row)

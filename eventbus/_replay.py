@@ -1,0 +1,259 @@
+"""History again: `replay`, `rewind` and `history`.
+
+publish → journal → store → *lanes* → workers → outcome. All three read pages of the log. A replay hands what it reads to the lanes
+of the subscriptions, beside their live events; a rewind only sets checkpoints back, and the lanes read by themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import attrs
+
+from eventbus._lanes import Lane
+from eventbus._model import Envelope, ReplaySummary
+from eventbus._side import Item, SideSource
+from eventbus.errors import BusNotOpen, ConfigurationError, RangeNotRetained
+from eventbus.stores.base import Events, LogState, Page, PositionBefore, Record, Retained, type_matches
+
+if TYPE_CHECKING:
+    from eventbus._dispatch import Dispatcher, Serving
+    from eventbus._reader import Reader
+
+PAGE = 500
+PAGE_BYTES = 1_048_576
+AHEAD = 2
+"""Pages of a replay that are being delivered at once."""
+
+Point = datetime | int | None
+Progress = Callable[[ReplaySummary], object]
+
+
+@attrs.frozen
+class Range:
+    """A stretch of the log.
+
+    Attributes:
+        after, until: positions; exclusive and inclusive.
+        since_time, until_time: unix seconds, inclusive, or None.
+    """
+
+    after: int
+    until: int
+    since_time: float | None = None
+    until_time: float | None = None
+
+
+def _timestamp(name: str, point: datetime) -> float:
+    if point.utcoffset() is None:
+        raise ConfigurationError(f"{name}={point!r} has no time zone; give an aware datetime, such as datetime.now(UTC)")
+    return point.timestamp()
+
+
+def _checked(name: str, point: object) -> None:
+    if point is None or isinstance(point, datetime) or (isinstance(point, int) and not isinstance(point, bool) and point >= 0):
+        return
+    raise ConfigurationError(f"{name}={point!r}; expected an aware datetime, or a position (an int from 0)")
+
+
+class History:
+    """Finds and reads stretches of the log."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    async def range(self, since: Point, after: int | None, until: Point) -> Range:
+        """The stretch that is meant.
+
+        Raises:
+            ConfigurationError: a point that cannot be read, or both `since` and `after`.
+            RangeNotRetained: it begins before what is retained.
+        """
+        for name, point in (("since", since), ("after", after), ("until", until)):
+            _checked(name, point)
+        if since is not None and after is not None:
+            raise ConfigurationError("give since= (inclusive) or after= (exclusive), not both")
+        if isinstance(after, datetime):
+            raise ConfigurationError("after= takes a position; for a time use since=")
+        log = await self._reader.ask(LogState())
+        since_time = _timestamp("since", since) if isinstance(since, datetime) else None
+        until_time = _timestamp("until", until) if isinstance(until, datetime) else None
+        start = await self._start(since, after, since_time, log)
+        last = min(until, log.head) if isinstance(until, int) else log.head
+        return Range(start, last, since_time, until_time)
+
+    async def _start(self, since: Point, after: int | None, since_time: float | None, log: Retained) -> int:
+        if since_time is not None:
+            if log.pruned_to and since_time <= log.pruned_time:
+                raise RangeNotRetained(
+                    f"since={since} reaches back to events that retention has removed; the newest of them is of "
+                    f"{datetime.fromtimestamp(log.pruned_time).astimezone().isoformat()}"
+                )
+            return await self._reader.ask(PositionBefore(since_time))
+        if since is None and after is None:
+            return 0
+        start = after if after is not None else max(0, int(since) - 1)  # type: ignore[arg-type]  # a position
+        if start < log.pruned_to:
+            raise RangeNotRetained(f"the range begins at {start}, and retention has removed events up to {log.pruned_to}")
+        return start
+
+    async def page(self, stretch: Range, after: int, types: tuple[str, ...] | None, key: str | None = None) -> Page:
+        """The next page of a stretch."""
+        return await self._reader.ask(
+            Events(after, PAGE, PAGE_BYTES, stretch.until, types, key, stretch.since_time, stretch.until_time)
+        )
+
+    async def envelopes(
+        self, stretch: Range, patterns: Sequence[str], key: str | None, envelope: Callable[[Record], Envelope]
+    ) -> AsyncIterator[Envelope]:
+        """All of a stretch that matches."""
+        after, types = stretch.after, exact(patterns)
+        while after < stretch.until:
+            page = await self.page(stretch, after, types, key)
+            for record in page.records:
+                if not patterns or any(type_matches(p, record.type) for p in patterns):
+                    yield envelope(record)
+            after = page.up_to
+
+
+def exact(patterns: Sequence[str]) -> tuple[str, ...] | None:
+    """The names to read by, or None where all must be read."""
+    return None if not patterns or any(p.endswith("*") for p in patterns) else tuple(patterns)
+
+
+@attrs.define(eq=False)
+class _Portion:
+    """A page that is being delivered."""
+
+    up_to: int
+    open: int = 0
+
+
+class Replay:
+    """One running replay."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        history: History,
+        targets: Sequence[Serving],
+        patterns: Sequence[str],
+        stretch: Range,
+        *,
+        rate: float | None,
+        dry_run: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._environment = dispatcher.environment
+        self._history = history
+        self._targets = targets
+        self._patterns = patterns
+        self._stretch = stretch
+        self._rate = rate
+        self._dry_run = dry_run
+        self._progress = progress
+        self._portions: deque[_Portion] = deque()
+        self._sources: dict[Lane, SideSource] = {}
+        self._summary = ReplaySummary(stretch.after, 0, 0, 0, dry_run)
+        self._over = False
+        self._moved = self._environment.loop.waiter()
+        self._paced = self._environment.clock.monotonic()
+
+    async def run(self) -> ReplaySummary:
+        """Deliver the stretch; returns when every delivery of it has ended."""
+        pins, after = self._dispatcher.pins, self._stretch.after
+        pins.append(after)
+        try:
+            while after < self._stretch.until:
+                page = await self._history.page(self._stretch, after, self._types())
+                await self._deliver(page)
+                after = page.up_to
+                await self._wait_for_portions(AHEAD - 1)
+            await self._wait_for_portions(0)
+        finally:
+            self._over = True
+            pins.remove(self._stretch.after)
+        return self._summary
+
+    def _types(self) -> tuple[str, ...] | None:
+        types = exact(self._patterns)
+        if types is not None:
+            return types
+        wanted: set[str] = set()
+        for target in self._targets:
+            of_target = target.exact_types()
+            if of_target is None:
+                return None
+            wanted.update(of_target)
+        return tuple(wanted)
+
+    async def _deliver(self, page: Page) -> None:
+        portion = _Portion(page.up_to)
+        self._portions.append(portion)
+        portion.open += 1  # until all of the page is handed out
+        for record in page.records:
+            if self._patterns and not any(type_matches(p, record.type) for p in self._patterns):
+                continue
+            lanes = [lane for target in self._targets if target.wants(record.type) and (lane := target.lane_of(record))]
+            if not lanes:
+                continue
+            await self._pace()
+            self._summary = attrs.evolve(self._summary, events=self._summary.events + 1)
+            if not self._dry_run:
+                for lane in lanes:
+                    self._hand_over(lane, record, portion)
+        portion.open -= 1
+        await self._advance()
+
+    def _hand_over(self, lane: Lane, record: Record, portion: _Portion) -> None:
+        def ended(acked: bool) -> None:  # noqa: FBT001  # SideSource calls it so
+            portion.open -= 1
+            handled, dead = self._summary.handled + acked, self._summary.dead + (not acked)
+            self._summary = attrs.evolve(self._summary, handled=handled, dead=dead)
+            if not portion.open:
+                self._moved.set()
+
+        portion.open += 1
+        source = self._sources.get(lane)
+        if source is None:
+            source = self._sources[lane] = SideSource(lane)
+        source.add(Item(record, ended, wanted=lambda: not self._over))
+
+    async def _pace(self) -> None:
+        if self._rate is not None:
+            now = self._environment.clock.monotonic()
+            self._paced = max(self._paced, now) + 1 / self._rate
+            if self._paced > now:
+                await self._environment.sleep(self._paced - now)
+
+    async def _wait_for_portions(self, most: int) -> None:
+        """Wait until at most so many pages are being delivered."""
+        await self._advance()
+        while len(self._portions) > most:
+            self._check_open()
+            await self._moved.wait()
+            self._moved = self._environment.loop.waiter()
+            await self._advance()
+
+    async def _advance(self) -> None:
+        """Count the pages at the start that are done."""
+        before = self._summary.position
+        while self._portions and not self._portions[0].open:
+            self._summary = attrs.evolve(self._summary, position=self._portions.popleft().up_to)
+        if self._progress is not None and self._summary.position != before:
+            result = self._progress(self._summary)
+            if isinstance(result, Awaitable) and inspect.isawaitable(result):
+                await result
+
+    def _check_open(self) -> None:
+        if self._dispatcher.closing:
+            raise BusNotOpen(f"the bus was closed during a replay; replay(after={self._summary.position}) goes on")
+
+    def interrupt(self) -> None:
+        """The bus is closing."""
+        self._moved.set()

@@ -1,0 +1,248 @@
+"""One open bus: its parts put together, its start and its end.
+
+publish → journal → store → lanes → workers → outcome: here these are made and joined. `EventBus` is what was declared; a
+`Running` is what runs between entering and leaving `async with bus`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import copy_context
+from typing import TYPE_CHECKING
+
+import anyio
+import attrs
+
+from eventbus._clock import Clock, Ids
+from eventbus._decoding import Decoder
+from eventbus._dispatch import Dispatcher, Serving
+from eventbus._encoding import Encoder
+from eventbus._intake import Budget
+from eventbus._journal import Journal
+from eventbus._lanes import Environment, Lane
+from eventbus._loop import Loop, Worker, current_loop
+from eventbus._reader import Reader
+from eventbus._recovery import Wanted, claim_lane, note_others, recover
+from eventbus._replay import History, Replay
+from eventbus._status import Status
+from eventbus._timers import Timers
+from eventbus._upkeep import Keeping, Upkeep
+from eventbus._waiting import Waiting
+from eventbus._workers import Pool
+from eventbus.errors import EventBusError
+from eventbus.hooks import Hook, notify
+from eventbus.stores.base import Beat, Instance, LogState, Register, Registration, Subscribed
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from eventbus._codec import Codec
+    from eventbus._events import EventType, Registry
+    from eventbus.stores.base import Store
+
+_log = logging.getLogger("eventbus")
+
+WAITING_BYTES = 16 * 1024 * 1024
+"""Bytes of events that wait in lanes, over the whole bus."""
+
+
+@attrs.frozen
+class Settings:
+    """What `EventBus` was given, checked; seconds."""
+
+    name: str | None
+    workers: int
+    max_pending: int
+    max_event_bytes: int
+    keeping: Keeping
+    hooks: Sequence[Hook]
+    clock: Clock
+    codec: Codec
+    registry: Registry
+
+
+class Running:
+    """An open bus."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.settings = settings
+        self.loop: Loop = current_loop()
+        self.ids = Ids(settings.clock)
+        self.instance = self._instance()
+        self.journal = Journal(store, self.loop, settings.clock, settings.max_pending)
+        self._writer = Worker("eventbus-writer")
+        self._reader_thread = Worker("eventbus-reader") if store.features.concurrent_reads else None
+        submit = self.journal.job if self._reader_thread is None else self._reader_thread.submit
+        self.reader = Reader(store, self.loop, submit)
+        self.timers = Timers(settings.clock, self.loop)
+        self.encoder = Encoder(settings.registry, settings.codec, self.ids, settings.clock, settings.max_event_bytes)
+        self.decoder = Decoder(settings.registry, settings.codec)
+        self.environment = Environment(
+            settings.clock,
+            self.timers,
+            self.loop,
+            self.journal,
+            self.reader,
+            random.random,
+            self._schedule,
+            lambda moment: notify(settings.hooks, moment),
+        )
+        self.dispatcher = Dispatcher(self.environment, self.decoder, self.encoder, Budget(WAITING_BYTES))
+        self.pool = Pool(self.environment, settings.workers, "eventbus", copy_context())
+        self.upkeep = Upkeep(self.dispatcher, self.journal, self.reader, self.instance, settings.keeping)
+        self.status = Status(self.dispatcher, self.journal, self.reader)
+        self.waiting = Waiting(self.dispatcher, self.reader, self.status)
+        self.history = History(self.reader)
+        self.replays: set[Replay] = set()
+        self.exit_error: BaseException | None = None
+        self._wanted: Sequence[Wanted] = ()
+        self._group: TaskGroup
+        self._scopes: list[anyio.CancelScope] = []
+        self._journal_runs = False
+
+    def _instance(self) -> Instance:
+        host, pid = socket.gethostname(), os.getpid()
+        return Instance(self.ids.next(), self.settings.name or f"{host}-{pid}", host, pid, self.settings.clock.time())
+
+    def _schedule(self, lane: Lane) -> None:
+        self.pool.schedule(lane)
+
+    # -------------------------------------------------------------- the start
+
+    async def start(self, wanted: Sequence[Wanted]) -> None:
+        """Open the store, recover, dispatch. If that fails, nothing is left open."""
+        self._wanted = wanted
+        try:
+            await self._in_writer(lambda: self.store.open(self.instance))
+            self._writer.submit(self.journal.run)
+            self._journal_runs = True
+            self.journal.listener = self.dispatcher
+            self.dispatcher.head = (await self.reader.ask(LogState())).head
+            await recover(self.dispatcher, self.journal, self.reader, self.instance, wanted)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._close()
+            raise
+        self.encoder.on_new_type = self._on_new_type
+        self.dispatcher.on_new_lane = self._on_new_lane
+        self.dispatcher.on_crash = self.leave
+        self.pool.on_exit = self.leave
+        self._group = anyio.create_task_group()
+        await self._group.__aenter__()
+        for task in (self.timers.run, *self.upkeep.tasks()):
+            self._group.start_soon(self._until_closed, task)
+        self.pool.start(self._group)
+        for lane in self.dispatcher.lanes():
+            lane.log.intake.feed.read()
+            lane.wake()
+
+    async def _until_closed(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run until the bus is closed, whatever is cancelled around it."""
+        with anyio.CancelScope(shield=True) as scope:
+            self._scopes.append(scope)
+            await task()
+
+    # -------------------------------------------------------------- the end
+
+    def leave(self, error: BaseException) -> None:
+        """End the body of `async with bus`, and raise this from it."""
+        if self.exit_error is None:
+            self.exit_error = error
+            self._group.cancel_scope.cancel()
+
+    async def stop(self, timeout: float) -> None:
+        """Let running attempts finish for `timeout` seconds, release the rest, write what is to be written, let go."""
+        self.dispatcher.closing = True
+        for replay in self.replays:
+            replay.interrupt()
+        try:
+            await self.pool.stop(timeout)
+            for serving in self.dispatcher.servings.values():
+                serving.close()
+        finally:
+            await self._close()
+            for scope in self._scopes:
+                scope.cancel()
+
+    async def end_group(self, *error: object) -> bool | None:
+        """Leave the task group, after `stop`."""
+        if self.exit_error is not None:
+            await self._group.__aexit__(*error)  # type: ignore[arg-type]  # it takes in the cancellation that was its own
+            raise self.exit_error
+        await self._group.__aexit__(None, None, None)
+        return None
+
+    async def _close(self) -> None:
+        if self._journal_runs and self.dispatcher.crash is None:
+            try:
+                await self.journal.command(Beat(self.instance, leaving=True))
+            except EventBusError as error:
+                _log.warning("the instance could not sign off: %s", error)
+        self.reader.close()
+        self.journal.close()
+        if self._reader_thread is not None:
+            self._reader_thread.stop()
+            self._reader_thread.join()
+        await self._in_writer(self.store.close)
+        self._writer.stop()
+        self._writer.join()
+
+    async def _in_writer(self, job: Callable[[], object]) -> None:
+        """Run a function in the writer's thread, after what it is doing."""
+        errors: list[BaseException] = []
+        waiter = self.loop.waiter()
+
+        def run() -> None:
+            try:
+                job()
+            except BaseException as error:  # noqa: BLE001  # raised below, where it is waited for
+                errors.append(error)
+            self.loop.post(waiter.set)
+
+        self._writer.submit(run)
+        await waiter.wait_decided()
+        if errors:
+            raise errors[0]
+
+    # -------------------------------------------------------------- what changes while it runs
+
+    def _on_new_lane(self, serving: Serving, type: str) -> None:
+        self._group.start_soon(claim_lane, self.dispatcher, self.journal, self.instance, serving, type)
+
+    def _on_new_type(self, kind: EventType) -> None:
+        """A class is published that may belong to subscriptions to a base class of it, from any thread."""
+        for wanted in self._wanted:
+            registration = wanted.registration
+            if kind.name in registration.types or not issubclass(kind.cls, wanted.options.classes):
+                continue
+            joined = attrs.evolve(registration, types=(*registration.types, kind.name))
+            self._replace(wanted, joined)
+            self.journal.submit(Register((joined,)), self._on_joined)
+
+    def _replace(self, wanted: Wanted, registration: Registration) -> None:
+        changed = attrs.evolve(wanted, registration=registration)
+        self._wanted = [changed if each is wanted else each for each in self._wanted]
+
+    def _on_joined(self, result: tuple[Subscribed, ...] | Exception) -> None:
+        if isinstance(result, Exception):
+            _log.error("a type could not join its subscription: %s", result)
+            return
+        for stored in result:
+            serving = self.dispatcher.servings.get(stored.name)
+            if serving is not None:
+                serving.retype(stored)
+                self.dispatcher.forget_routes()
+
+    async def forget(self, name: str) -> None:
+        """A subscription has been removed."""
+        serving = self.dispatcher.servings.pop(name, None)
+        if serving is not None:
+            serving.close()
+            self.dispatcher.forget_routes()
+        self._wanted = [each for each in self._wanted if each.options.name != name]
+        await note_others(self.dispatcher, self.reader, {each.options.name for each in self._wanted})

@@ -1,0 +1,236 @@
+"""Redrives and replays as sources of a lane: they take turns with the log, each in its own order.
+
+publish → journal → store → *lanes* → workers → outcome. What fails here is tried again out of line: the others of the source go
+on. An ack of a redrive deletes the dead letter, in one unit with what the attempt published; an ack of a replay writes nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+
+from eventbus._lanes import Attempt, Failure, Lane, conflict_of, death_of
+from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, Record
+
+if TYPE_CHECKING:
+    from eventbus._lanes import Environment
+    from eventbus._loop import Waiter
+
+_log = logging.getLogger("eventbus")
+
+_PAGE = 100
+KNOWN = 1_000
+"""Redriven dead letters that are in memory at once."""
+
+
+@attrs.define(eq=False)
+class Item:
+    """One event to deliver beside the log.
+
+    Attributes:
+        attempts: made so far. letter: the dead letter that it is, or None.
+        wanted: asked before it is given out. ended: told when the handler is done with it: True acked, False dead.
+    """
+
+    record: Record
+    ended: Callable[[bool], object] = lambda _acked: None
+    wanted: Callable[[], bool] = lambda: True
+    attempts: int = 0
+    first_failed_at: float | None = None
+    due_at: float | None = None
+    letter: DeadLetterRow | None = None
+
+
+class SideSource:
+    """Items of one lane; part of the lane's sources while it has any."""
+
+    beside = True
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._items: deque[Item] = deque()
+        self._waiting: list[tuple[float, int, Item]] = []  # monotonic
+        self._tie = itertools.count()
+        self._running = 0
+
+    def add(self, item: Item) -> None:
+        """Deliver an item after those before it, or when it is due."""
+        if self not in self._lane.sources:
+            self._lane.sources.append(self)
+        if item.due_at is None:
+            self._items.append(item)
+            self._lane.wake()
+        else:
+            self._wait(item)
+
+    def take(self) -> Attempt | None:
+        """The next item: one that is due again, or the next in order."""
+        now = self._lane.environment.clock.monotonic()
+        while True:
+            if self._waiting and self._waiting[0][0] <= now:
+                item = heapq.heappop(self._waiting)[2]
+            elif self._items:
+                item = self._items.popleft()
+            else:
+                self._go_if_empty()
+                return None
+            if item.wanted():
+                self._running += 1
+                replaying = item.letter is None
+                return Attempt(self._lane, self, item.record, item.attempts + 1, item=item, replaying=replaying)
+
+    def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
+        """It is over."""
+        item = self._item(attempt)
+        if item.letter is not None:
+            now = self._lane.environment.clock.time()
+            conflict = conflict_of(attempt, published, now)
+            self._send(item, published=tuple(published), conflict=conflict)
+        self._over(item, acked=True)
+
+    def failed(self, failure: Failure) -> None:
+        """It waits for another attempt, or it is over."""
+        item, attempt = self._item(failure.attempt), failure.attempt
+        if failure.delay is None:
+            before = 0 if item.letter is None else item.letter.death.attempts
+            first = item.first_failed_at if item.letter is None else item.letter.death.first_failed_at
+            self._send(item, death=death_of(failure, before + attempt.number, first))
+            self._over(item, acked=False)
+            return
+        item.attempts = attempt.number
+        item.first_failed_at = failure.now if item.first_failed_at is None else item.first_failed_at
+        item.due_at = failure.now + failure.delay
+        if item.letter is not None:
+            self._send(item, counts=False, retry=(item.attempts, item.due_at))
+        self._running -= 1
+        self._wait(item)
+
+    def given_back(self, attempt: Attempt) -> None:
+        """It is next again."""
+        self._running -= 1
+        self._items.appendleft(self._item(attempt))
+
+    def _item(self, attempt: Attempt) -> Item:
+        assert isinstance(attempt.item, Item)  # noqa: S101  # this source made it
+        return attempt.item
+
+    def _send(self, item: Item, *, counts: bool = True, **parts: object) -> None:
+        letter, position = item.letter, item.record.position
+        self._lane.flush()
+        if letter is None:
+            self._lane.send("replay", position, counts=counts, **parts)
+        else:
+            self._lane.send("redrive", position, counts=counts, dead_letter=letter.id, **parts)
+
+    def _over(self, item: Item, *, acked: bool) -> None:
+        self._running -= 1
+        self._go_if_empty()
+        item.ended(acked)
+
+    def _wait(self, item: Item) -> None:
+        environment = self._lane.environment
+        delay = max(0.0, (item.due_at or 0.0) - environment.clock.time())
+        due = environment.clock.monotonic() + delay
+        heapq.heappush(self._waiting, (due, next(self._tie), item))
+        environment.timers.at(due, self._lane.wake)
+
+    def _go_if_empty(self) -> None:
+        if not self._items and not self._waiting and not self._running and self in self._lane.sources:
+            self._lane.sources.remove(self)
+
+
+class Redriver:
+    """Brings a subscription's dead letters that are being redriven to its lanes, a bounded number at a time."""
+
+    def __init__(self, subscription: str, environment: Environment, lane_of: Callable[[Record], Lane | None]) -> None:
+        self._subscription = subscription
+        self._environment = environment
+        self._lane_of = lane_of
+        self._sources: dict[Lane, SideSource] = {}
+        self._known: set[int] = set()
+        self._after = 0
+        self._reading = False
+        self._again = False
+        self._waiters: list[Waiter] = []
+
+    @property
+    def known(self) -> int:
+        """How many are being delivered."""
+        return len(self._known)
+
+    @property
+    def idle(self) -> bool:
+        """Whether all of them have been settled."""
+        return not self._reading and not self._known
+
+    async def wait_for_change(self) -> None:
+        """Wait until it may have become idle, or something else has changed."""
+        waiter = self._environment.loop.waiter()
+        self._waiters.append(waiter)
+        await waiter.wait()
+
+    def changed(self) -> None:
+        """Something that they wait for may have changed."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.set()
+
+    def kick(self) -> None:
+        """There may be new ones: look from the start."""
+        if self._reading:
+            self._again = True
+        else:
+            self._after = 0
+            self._read()
+
+    def _read(self) -> None:
+        self._reading = True
+        which = DeadLetterFilter(subscription=self._subscription, redriving=True)
+        self._environment.reader.ask_then(DeadLetters(which, self._after, _PAGE), self._on_rows)
+
+    def _on_rows(self, rows: tuple[DeadLetterRow, ...] | BaseException) -> None:
+        self._reading = False
+        if isinstance(rows, BaseException):
+            _log.error("the dead letters being redriven could not be read: %s", rows)
+            self._environment.timers.after(1.0, self.kick)
+            return
+        for row in rows:
+            self._after = row.id
+            if row.id not in self._known:
+                self._deliver(row)
+        more = len(rows) == _PAGE
+        if self._again:
+            self._again = False
+            self.kick()
+        elif more and len(self._known) < KNOWN:
+            self._read()
+        elif not more:
+            self._after = 0
+        if self.idle:
+            self.changed()
+
+    def _deliver(self, row: DeadLetterRow) -> None:
+        lane = self._lane_of(row.record)
+        if lane is None:
+            _log.warning("%s: no lane for the dead letter %d of type %r", self._subscription, row.id, row.record.type)
+            return
+        self._known.add(row.id)
+        source = self._sources.get(lane)
+        if source is None:
+            source = self._sources[lane] = SideSource(lane)
+        due_at = row.due_at if row.attempt else None
+        source.add(Item(row.record, attempts=row.attempt, due_at=due_at, letter=row))
+
+    def ended(self, letter: int) -> None:
+        """The store knows what became of one; before that, it would be read and delivered again."""
+        self._known.discard(letter)
+        if self._after and not self._reading and len(self._known) < KNOWN // 2:
+            self._read()
+        elif self.idle:
+            self.changed()

@@ -1,0 +1,187 @@
+"""How things stand: of one event, of every subscription, of the bus. Answered from the store, beside the way of the events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from eventbus._clock import to_datetime
+from eventbus._dispatch import ONE_LANE
+from eventbus._model import DeliveryStatus, Stats, SubscriptionInfo, SubscriptionState, SubscriptionStats
+from eventbus.errors import UnknownEvent
+from eventbus.stores.base import (
+    SLOTS,
+    CountDeadLetters,
+    DeadLetterFilter,
+    DeadLetters,
+    Find,
+    Lag,
+    Lanes,
+    LaneState,
+    LogState,
+    NextDue,
+    Record,
+    Subscribed,
+    Subscriptions,
+    WaitingRow,
+    WaitingRows,
+    lane_of_slot,
+    since_of,
+    slots_of,
+    type_matches,
+)
+
+if TYPE_CHECKING:
+    from eventbus._dispatch import Dispatcher
+    from eventbus._journal import Journal
+    from eventbus._reader import Reader
+
+_MOST = 10_000
+
+
+class Status:
+    """Answers questions about how things stand."""
+
+    def __init__(self, dispatcher: Dispatcher, journal: Journal, reader: Reader) -> None:
+        self._dispatcher = dispatcher
+        self._journal = journal
+        self._reader = reader
+
+    # -------------------------------------------------------------- one event
+
+    async def of(self, event_id: str) -> dict[str, DeliveryStatus]:
+        """See `EventBus.status`."""
+        record = await self._reader.ask(Find(event_id))
+        if record is None:
+            raise UnknownEvent(f"no event {event_id!r} is stored or scheduled here")
+        dead = {row.subscription: row for row in await self._reader.ask(DeadLetters(DeadLetterFilter(event_id=event_id)))}
+        statuses = {}
+        for stored in await self._reader.ask(Subscriptions()):
+            since = since_of(stored.since, record.type)
+            if since is None or (record.position and record.position <= since):
+                continue
+            if stored.name in dead:
+                redriving = dead[stored.name].redriving
+                statuses[stored.name] = DeliveryStatus.RETRYING if redriving else DeliveryStatus.DEAD
+            else:
+                statuses[stored.name] = await self._with(stored, record)
+        return statuses
+
+    async def _with(self, stored: Subscribed, record: Record) -> DeliveryStatus:
+        if not record.position:
+            return DeliveryStatus.PENDING
+        name = _lane_name(stored, record)
+        lane = next((s for s in await self._reader.ask(Lanes(stored.name)) if s.lane == name), None)
+        if lane is None:
+            return DeliveryStatus.PENDING
+        for row in await self._reader.ask(WaitingRows(stored.name)):
+            if _holds(row, lane, record):
+                at_it = row.waiting.position == record.position and row.waiting.attempt > 0
+                return DeliveryStatus.RETRYING if at_it else DeliveryStatus.PENDING
+        if record.position <= lane.checkpoint or record.position in lane.done:
+            return DeliveryStatus.HANDLED
+        if lane.attempt and await self._is_next(stored, lane, record):
+            return DeliveryStatus.RETRYING
+        return DeliveryStatus.PENDING
+
+    async def _is_next(self, stored: Subscribed, lane: LaneState, record: Record) -> bool:
+        types = (lane.lane,) if stored.order == "type" else self._types_of(stored)
+        before, _ = await self._reader.ask(Lag(lane.checkpoint, types, until=record.position))
+        return before == 1
+
+    def _types_of(self, stored: Subscribed) -> tuple[str, ...] | None:
+        """Exact types of a stored subscription; None for all."""
+        if "*" in stored.types:
+            return None
+        exact = [t for t in stored.since if not t.endswith("*")]
+        known = self._dispatcher.known_types
+        return tuple({*exact, *(t for t in known if any(type_matches(p, t) for p in stored.since))})
+
+    # -------------------------------------------------------------- all of it
+
+    async def subscriptions(self) -> list[SubscriptionInfo]:
+        """See `EventBus.subscriptions`."""
+        infos = []
+        for stored in await self._reader.ask(Subscriptions()):
+            state, reason = self._state(stored)
+            created = to_datetime(stored.created_at)
+            infos.append(
+                SubscriptionInfo(stored.name, stored.types, stored.order, stored.concurrency, state, reason, created)
+            )
+        return infos
+
+    async def stats(self) -> Stats:
+        """See `EventBus.stats`."""
+        log = await self._reader.ask(LogState())
+        next_due = await self._reader.ask(NextDue())
+        dead = await self._reader.ask(CountDeadLetters())
+        lanes = await self._reader.ask(Lanes())
+        rows = await self._reader.ask(WaitingRows())
+        stats = {}
+        for stored in await self._reader.ask(Subscriptions()):
+            own_lanes = [lane for lane in lanes if lane.subscription == stored.name]
+            own_rows = [row for row in rows if row.subscription == stored.name]
+            stats[stored.name] = await self._of_subscription(stored, own_lanes, own_rows, dead)
+        return Stats(
+            log.head,
+            log.events,
+            self._dispatcher.published,
+            self._journal.size,
+            None if next_due is None else to_datetime(next_due),
+            stats,
+        )
+
+    async def _of_subscription(
+        self, stored: Subscribed, lanes: Sequence[LaneState], rows: Sequence[WaitingRow], dead: Mapping[str, int]
+    ) -> SubscriptionStats:
+        state, reason = self._state(stored)
+        lag, oldest = await self._lag(stored, lanes, len(rows))
+        serving = self._dispatcher.servings.get(stored.name)
+        now = self._dispatcher.environment.clock.time()
+        return SubscriptionStats(
+            state,
+            reason,
+            lag,
+            0.0 if oldest is None else max(0.0, now - oldest),
+            len(rows) + sum(1 for lane in lanes if lane.attempt),
+            dead.get(stored.name, 0),
+            0 if serving is None else sum(lane.running for lane in serving.lanes.values()),
+            0 if serving is None else serving.stuck,
+            0 if serving is None else serving.handled,
+            0 if serving is None else serving.failed,
+        )
+
+    async def _lag(self, stored: Subscribed, lanes: Sequence[LaneState], rows: int) -> tuple[int, float | None]:
+        count, oldest = rows, None
+        for lane in lanes:
+            slots = slots_of(lane.lane, stored.concurrency) if stored.order == "key" else (0, SLOTS)
+            types = (lane.lane,) if stored.order == "type" else self._types_of(stored)
+            behind, first = await self._reader.ask(Lag(lane.checkpoint, types, slots, _MOST))
+            count += max(0, behind - len(lane.done))
+            if first is not None and behind > len(lane.done):
+                oldest = first if oldest is None else min(oldest, first)
+        return min(count, _MOST), oldest
+
+    def _state(self, stored: Subscribed) -> tuple[SubscriptionState, str | None]:
+        serving = self._dispatcher.servings.get(stored.name)
+        if stored.paused is not None:
+            return "paused", stored.paused
+        if serving is None:
+            dispatched = self._dispatcher.others.get(stored.name, (stored, "no handler"))[1]
+            return ("not dispatched here", None) if dispatched == "not dispatched here" else ("no handler", None)
+        blocked = next((lane.blocked for lane in serving.lanes.values() if lane.blocked is not None), None)
+        return ("running", None) if blocked is None else ("blocked", blocked)
+
+
+def _lane_name(stored: Subscribed, record: Record) -> str:
+    if stored.order == "type":
+        return record.type
+    return str(lane_of_slot(record.slot, stored.concurrency)) if stored.order == "key" else ONE_LANE
+
+
+def _holds(row: WaitingRow, lane: LaneState, record: Record) -> bool:
+    """Whether a row of `deliveries` stands for this event."""
+    waiting = row.waiting
+    if waiting.position == record.position:
+        return True
+    return waiting.key is not None and waiting.key == record.key and waiting.position <= record.position <= lane.checkpoint

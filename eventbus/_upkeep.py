@@ -1,0 +1,113 @@
+"""What a bus does beside the events: put scheduled ones into the log when they are due, prune, show that it is alive.
+
+publish → journal → store → lanes → workers → outcome: a scheduled event enters this way at the journal, when its time has come.
+Each of these is one small command of the journal, so that none holds up anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import attrs
+
+from eventbus.errors import EventBusError
+from eventbus.stores.base import Beat, Instance, NextDue, Promote, Prune
+
+if TYPE_CHECKING:
+    from eventbus._dispatch import Dispatcher
+    from eventbus._journal import Journal
+    from eventbus._reader import Reader
+
+_log = logging.getLogger("eventbus")
+
+_PROMOTE = 500
+_PRUNE = 500
+_PRUNE_PAUSE = 0.05
+_RETRY = 1.0
+
+
+@attrs.frozen
+class Keeping:
+    """How long things are kept, and how often the instance shows itself; seconds."""
+
+    retention: float | None
+    dedup_for: float
+    prune_every: float
+    beat_every: float
+
+
+class Upkeep:
+    """Three loops that run as long as the bus is open."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, journal: Journal, reader: Reader, instance: Instance, keeping: Keeping
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._environment = dispatcher.environment
+        self._journal = journal
+        self._reader = reader
+        self._instance = instance
+        self._keeping = keeping
+        self._due = math.inf  # unix seconds
+        self._changed = self._environment.loop.waiter()
+
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """What to run, each until cancelled."""
+        return [self._promote, self._prune, self._beat]
+
+    def scheduled(self, due_at: float) -> None:
+        """An event has been scheduled."""
+        if due_at < self._due:
+            self._changed.set()
+
+    async def _promote(self) -> None:
+        while True:
+            self._changed = self._environment.loop.waiter()
+            try:
+                due = await self._reader.ask(NextDue())
+                self._due = math.inf if due is None else due
+                while self._due <= (now := self._environment.clock.time()):
+                    due = await self._journal.command(Promote(now, _PROMOTE))
+                    self._due = math.inf if due is None else due
+                # At most a minute, so that a jump of the wall clock is noticed.
+                delay = min(60.0, self._due - self._environment.clock.time())
+            except EventBusError as error:
+                _log.error("scheduled events could not be delivered, trying again: %s", error)
+                delay = _RETRY
+            self._environment.timers.after(max(0.0, delay), self._changed.set)
+            await self._changed.wait()
+
+    async def _prune(self) -> None:
+        while True:
+            await self._environment.sleep(self._keeping.prune_every)
+            try:
+                await self.prune()
+            except EventBusError as error:
+                _log.error("retention could not be applied, trying again later: %s", error)
+
+    async def prune(self) -> None:
+        """Remove what retention allows to remove, in small steps."""
+        now, after = self._environment.clock.time(), 0
+        keeping = self._keeping
+        before = None if keeping.retention is None else now - keeping.retention
+        while True:
+            pinned = min(self._dispatcher.pins, default=None)
+            command = Prune(before, now - keeping.dedup_for, after, _PRUNE, pinned)
+            go_on = await self._journal.command(command)
+            if go_on is None:
+                return
+            after = go_on
+            await self._environment.sleep(_PRUNE_PAUSE)
+
+    async def _beat(self) -> None:
+        while True:
+            await self._environment.sleep(self._keeping.beat_every)
+            try:
+                await self._journal.command(Beat(self._instance))
+            except EventBusError as error:
+                _log.error("this instance could not show that it is alive, trying again: %s", error)
+
+

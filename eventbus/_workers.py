@@ -1,0 +1,338 @@
+"""The pool of workers: long-lived tasks that take a ready lane, run its attempts for a quantum, and put it back.
+
+publish → journal → store → lanes → *workers* → outcome. In comes a lane that has something to do; its attempts are run in
+order and their outcomes given back to it. No task, lock, timeout or event object is made for an event that does not ask for
+one: a handler that never waits is run in place; only when it waits is its timeout watched, by a look at all workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from contextvars import Context
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
+
+from eventbus._attempts import Running, Torn, timed_out
+from eventbus._lanes import RELEASED, Attempt, Environment, Failed, Lane, Outcome
+from eventbus._threads import Crossing, Threads
+from eventbus.hooks import HandlerStuck
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from eventbus._loop import Waiter, Worker
+
+_log = logging.getLogger("eventbus")
+
+QUANTUM = 0.002
+"""Seconds for which a worker stays with a lane, and runs handlers without letting the loop have its turn."""
+CROSSING = 64
+"""Attempts that cross into a thread together, at most."""
+PATIENCE = 1.0
+"""Seconds after which a handler that does not end when it is cancelled is named in the log."""
+
+
+class Pool:
+    """Runs the attempts of all lanes, at most `limit` at once."""
+
+    def __init__(self, environment: Environment, limit: int, name: str, context: Context) -> None:
+        self.environment = environment
+        self.context = context
+        self.threads = Threads(name)
+        self.stopping = False
+        self.on_exit: Callable[[BaseException], object] = lambda _error: None
+        self._limit = limit
+        self._share = max(1, limit // 2)
+        self._ready: deque[Lane] = deque()
+        self._idle: list[_Task] = []
+        self._tasks: set[_Task] = set()
+        self._group: TaskGroup | None = None
+        self._watched_until = math.inf
+        self._gone: Waiter | None = None
+
+    def start(self, group: TaskGroup) -> None:
+        """Workers may be started from now on."""
+        self._group = group
+
+    def schedule(self, lane: Lane) -> None:
+        """A lane may have something to do."""
+        if self.stopping:
+            return
+        lane.scheduled = True
+        self._ready.append(lane)
+        if self._idle:
+            self._idle.pop().wake()
+        elif len(self._tasks) < self._limit and self._group is not None:
+            task = _Task(self)
+            self._tasks.add(task)
+            self._group.start_soon(task.run)
+
+    def next_lane(self) -> Lane | None:
+        """The lane that is ready longest and whose subscription does not hold its share of the workers already."""
+        while self._ready and not self.stopping:
+            lane = self._ready.popleft()
+            if lane.holder.workers >= self._share:
+                lane.holder.delayed.append(lane)
+                continue
+            lane.scheduled = False
+            lane.holder.workers += 1
+            return lane
+        return None
+
+    def leave(self, lane: Lane) -> None:
+        """A worker is done with a lane."""
+        holder = lane.holder
+        holder.workers -= 1
+        if holder.delayed:
+            self.schedule(holder.delayed.pop(0))
+
+    def rest(self, task: _Task) -> None:
+        """A worker has nothing to do."""
+        self._idle.append(task)
+
+    def watch(self, deadline: float) -> None:
+        """Look at the workers when this deadline has come."""
+        if deadline < self._watched_until:
+            self._watched_until = deadline
+            self.environment.timers.at(deadline, self._look)
+
+    def _look(self) -> None:
+        now = self.environment.clock.monotonic()
+        self._watched_until = math.inf
+        for task in self._tasks:
+            task.look(now)
+
+    # -------------------------------------------------------------- the end
+
+    async def stop(self, timeout: float) -> None:
+        """Let running attempts finish for `timeout` seconds, then cancel them and release what is left."""
+        self.stopping = True
+        self._gone = self.environment.loop.waiter()
+        for task in list(self._tasks):
+            task.let_finish()
+        if not self._tasks:
+            self._gone.set()
+        with anyio.move_on_after(timeout):
+            await self._gone.wait()
+        for task in list(self._tasks):
+            task.cancel()
+        with anyio.move_on_after(PATIENCE):
+            await self._gone.wait()
+        for task in self._tasks:
+            _log.warning("the handler of %s does not end although it is cancelled; waiting for it", task.description)
+        await self._gone.wait()
+        self.threads.stop()
+
+    def gone(self, task: _Task) -> None:
+        """A worker has ended."""
+        self._tasks.discard(task)
+        if not self._tasks and self._gone is not None:
+            self._gone.set()
+
+
+class _Task:
+    """One worker."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._environment = pool.environment
+        self._wake: Waiter | None = None
+        self._lane: Lane | None = None
+        self._attempt: Attempt | None = None
+        self._crossing: Crossing | None = None
+        self._thread: Worker | None = None
+        self._scope: anyio.CancelScope | None = None
+        self._deadline = math.inf
+        self._timed_out = False
+
+    @property
+    def description(self) -> str:
+        """What it is busy with."""
+        return "nothing" if self._lane is None else repr(self._lane.holder.options.name)
+
+    # -------------------------------------------------------------- the task
+
+    async def run(self) -> None:
+        """Serve lanes until the pool stops."""
+        pool, clock = self._pool, self._environment.clock
+        since = clock.monotonic()
+        try:
+            while not pool.stopping:
+                lane = pool.next_lane()
+                if lane is None:
+                    await self._rest()
+                    since = clock.monotonic()
+                    continue
+                self._lane = lane
+                try:
+                    await self._serve(lane)
+                finally:
+                    self._lane = None
+                    pool.leave(lane)
+                if clock.monotonic() - since >= QUANTUM:
+                    with anyio.CancelScope(shield=True):
+                        await checkpoint()
+                    since = clock.monotonic()
+        except Torn:
+            _log.debug("the event loop was closed under a running handler")
+        finally:
+            pool.gone(self)
+
+    async def _rest(self) -> None:
+        self._wake = self._environment.loop.waiter()
+        self._pool.rest(self)
+        # The bus stops its workers itself; a cancellation from outside must not end them before.
+        with anyio.CancelScope(shield=True):
+            await self._wake.wait()
+
+    def wake(self) -> None:
+        """There is a lane to serve, or the pool stops."""
+        if self._wake is not None:
+            self._wake.set()
+
+    async def _serve(self, lane: Lane) -> None:
+        self._timed_out = False
+        with anyio.CancelScope(shield=True) as scope:
+            self._scope = scope
+            try:
+                await self._run_quantum(lane)
+            finally:
+                self._scope = None
+                self._deadline = math.inf
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None and not attempt.over:
+            # The handler was cancelled, by us: nobody else can cancel within the shield.
+            lane.settle(attempt, Failed(timed_out(attempt)) if self._timed_out else RELEASED)
+            lane.wake()
+        lane.flush()
+
+    async def _run_quantum(self, lane: Lane) -> None:
+        lane.log.intake.touch()
+        clock = self._environment.clock
+        plain = not lane.holder.options.is_async
+        end = clock.monotonic() + QUANTUM
+        while not self._pool.stopping:
+            attempt = lane.take()
+            if attempt is None:
+                return
+            self._attempt = attempt
+            if plain:
+                await self._cross(lane, attempt)
+            else:
+                running = Running(attempt, self._pool.context)
+                outcome = running.start()
+                if outcome is None:
+                    outcome = await self._finish(lane, attempt, running)
+                lane.settle(attempt, outcome)
+                if isinstance(outcome, Failed) and isinstance(outcome.error, (SystemExit, KeyboardInterrupt)):
+                    self._pool.on_exit(outcome.error)
+            self._attempt = None
+            if clock.monotonic() >= end or (self._scope is not None and self._scope.cancel_called):
+                lane.wake()
+                return
+
+    async def _finish(self, lane: Lane, attempt: Attempt, running: Running) -> Outcome:
+        """The handler waits for something: what was settled before goes out, others may serve the lane, the watch is set."""
+        lane.flush()
+        lane.wake()
+        timeout = lane.holder.options.timeout
+        if timeout is not None:
+            self._deadline = self._environment.clock.monotonic() + timeout
+            self._pool.watch(self._deadline)
+        try:
+            outcome = await running.finish()
+            # A handler that swallows its cancellation has failed all the same.
+            return Failed(timed_out(attempt)) if self._timed_out else outcome
+        except Torn:
+            raise
+        except BaseException as error:  # an outcome, unless it is our own cancellation on its way to our scope
+            return self._outcome(attempt, error)
+        finally:
+            self._deadline = math.inf
+
+    def _outcome(self, attempt: Attempt, error: BaseException) -> Outcome:
+        cancelled = self._scope is not None and self._scope.cancel_called
+        if cancelled and isinstance(error, anyio.get_cancelled_exc_class()):
+            raise error
+        if self._timed_out:
+            late = timed_out(attempt)
+            late.__cause__ = error
+            return Failed(late)
+        return RELEASED if cancelled and not isinstance(error, (SystemExit, KeyboardInterrupt)) else Failed(error)
+
+    async def _cross(self, lane: Lane, attempt: Attempt) -> None:
+        """Run a plain handler's attempts in a thread."""
+        attempts = [attempt]
+        if attempt.source is lane.log and attempt.number == 1:
+            waiting = len(lane.log.intake)
+            attempts += lane.take_more(min(CROSSING, math.ceil(waiting / lane.concurrency)) - 1 if waiting else 0)
+        crossing = Crossing(lane, attempts, self._environment.clock, self._environment.loop, self._pool.context)
+        crossing.on_exit = self._pool.on_exit
+        if lane.concurrency > 1:
+            lane.wake()
+        self._crossing, self._thread = crossing, self._pool.threads.get()
+        timeout = lane.holder.options.timeout
+        if timeout is not None:
+            self._deadline = crossing.started + timeout
+            self._pool.watch(self._deadline)
+        self._thread.submit(crossing.run)
+        try:
+            await crossing.finished.wait()
+            self._pool.threads.put(self._thread)
+        except BaseException:
+            self._leave_behind(lane, crossing, self._thread)
+            raise
+        finally:
+            self._crossing = self._thread = None
+            if self._timed_out:
+                self._timed_out = False
+                lane.holder.stuck -= 1
+
+    def _leave_behind(self, lane: Lane, crossing: Crossing, thread: Worker) -> None:
+        """The bus stops, and the thread cannot be made to: name it, and end it when it returns."""
+        crossing.abandon(release=True)
+        _log.warning(
+            "the handler of %r did not end within the stop timeout; its thread %r goes on without the bus, "
+            "and what it was handling will be delivered again",
+            lane.holder.options.name,
+            thread.name,
+        )
+        thread.stop()
+
+    # -------------------------------------------------------------- from the loop, beside the task
+
+    def look(self, now: float) -> None:
+        """Has the attempt run for too long?"""
+        if self._crossing is not None and self._lane is not None and not self._timed_out:
+            timeout = self._lane.holder.options.timeout
+            self._deadline = math.inf if timeout is None else self._crossing.started + timeout
+        if now < self._deadline:
+            self._pool.watch(self._deadline)
+            return
+        if self._timed_out or self._lane is None:
+            return
+        self._timed_out = True
+        self._deadline = math.inf
+        if self._crossing is not None:
+            self._lane.holder.stuck += 1
+            self._environment.notify(HandlerStuck(self._lane.holder.options.name))
+            self._crossing.abandon(release=False)
+            _log.warning("the handler of %s outlives its timeout; its lane waits until its thread returns", self.description)
+        elif self._scope is not None:
+            self._scope.cancel()
+
+    def let_finish(self) -> None:
+        """Finish what runs, and start nothing more."""
+        self.wake()
+        if self._crossing is not None:
+            self._crossing.give_back_rest()
+
+    def cancel(self) -> None:
+        """Stop waiting for what runs."""
+        if self._scope is not None:
+            self._scope.cancel()

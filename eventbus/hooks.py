@@ -1,0 +1,73 @@
+"""Hooks: told what happens on a bus, as frozen records.
+
+A hook is any callable that takes one of the records below; give hooks with `EventBus(hooks=[…])`. It is called on the bus's
+event loop, so it must be quick. It cannot hurt: what it raises is logged and goes no further.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import attrs
+
+_log = logging.getLogger("eventbus")
+
+
+@attrs.frozen
+class AttemptFailed:
+    """An attempt has failed. `retry_in`: seconds until the next one, or None if the delivery is given up."""
+
+    subscription: str
+    type: str
+    position: int
+    attempt: int
+    error: BaseException
+    retry_in: float | None
+
+
+@attrs.frozen
+class SubscriptionPaused:
+    """A subscription gives out nothing until it is resumed."""
+
+    subscription: str
+    reason: str
+
+
+@attrs.frozen
+class LaneBlocked:
+    """A lane waits for a program that can decode its next event."""
+
+    subscription: str
+    lane: str
+    reason: str
+
+
+@attrs.frozen
+class HandlerStuck:
+    """The thread of a plain handler has outlived its timeout; its lane waits until the thread returns."""
+
+    subscription: str
+
+
+@attrs.frozen
+class DispatchHalted:
+    """Outcomes cannot be written for now; no attempt is started until they can be."""
+
+    error: BaseException
+
+
+Moment = AttemptFailed | SubscriptionPaused | LaneBlocked | HandlerStuck | DispatchHalted
+"""What a hook is told."""
+
+Hook = Callable[[Moment], object]
+"""Takes one moment; what it returns is ignored, what it raises is logged."""
+
+
+def notify(hooks: Sequence[Hook], moment: Moment) -> None:
+    """Tell all hooks."""
+    for hook in hooks:
+        try:
+            hook(moment)
+        except Exception:
+            _log.exception("the hook %r failed", hook)

@@ -1,0 +1,356 @@
+"""Questions to the SQLite store and their answers.
+
+publish → journal → *store* → *lanes* → workers → outcome: a lane that is behind reads its pages here; recovery, replay,
+history and people ask the rest. In comes a `Query`; out comes its answer, from one statement and so from one snapshot, fetched
+as one row: see `_sqlite_rows`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sqlite3
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from eventbus.stores._sqlite_commit import HEAD
+from eventbus.stores._sqlite_rows import (
+    DEAD_JSON,
+    DEAD_ROWS,
+    EVENT_ROWS,
+    LANE_JSON,
+    LANE_ROWS,
+    SUBSCRIPTION_JSON,
+    SUBSCRIPTION_ROWS,
+    WAITING_JSON,
+    WAITING_ROWS,
+    EventRow,
+    ask,
+    dead_letter_of,
+    decode,
+    event_json,
+    lane_of,
+    micros,
+    one,
+    record_of,
+    subscribed_of,
+    waiting_of,
+)
+from eventbus.stores.base import (
+    SLOTS,
+    CountDeadLetters,
+    DeadLetterFilter,
+    DeadLetterRow,
+    DeadLetters,
+    Events,
+    EventsAt,
+    Find,
+    Lag,
+    Lanes,
+    LaneState,
+    LogState,
+    NextDue,
+    Page,
+    PositionBefore,
+    Query,
+    Record,
+    Retained,
+    Subscribed,
+    Subscriptions,
+    Types,
+    WaitingRow,
+    WaitingRows,
+)
+
+T = TypeVar("T")
+Connection = sqlite3.Connection
+
+LAST = 2**63 - 1
+"""The largest position that SQLite has."""
+
+MOST_TYPES = 50
+"""With more of them the log is scanned: a range of the index for each would read more than that."""
+
+_EXACT_COUNT = 10_000
+
+
+def answer(connection: Connection, query: Query[T]) -> T:
+    """Answer a query."""
+    return cast("T", _ANSWERS[type(query)](connection, query))
+
+
+# ------------------------------------------------------------------ pages of the log
+
+
+def _page(connection: Connection, query: Events) -> Page:
+    types = None if query.types is None else tuple(dict.fromkeys(query.types))
+    ranges = len(types) if types and query.key is None and len(types) <= MOST_TYPES else 0
+    timed = query.since is not None or query.until_time is not None
+    text = _page_text(ranges, query.key is not None, types is not None and not ranges, timed)
+    head, scanned, kept, last, raw = connection.execute(text, _page_parameters(query, types, ranges)).fetchone()
+    rows = decode(raw, EVENT_ROWS, "events")
+    rows.sort(key=_position)  # SQLite promises no order to an aggregate; this costs nothing where it is in order
+    end = head if query.until is None else min(query.until, head)
+    cut = last is not None and (kept < scanned or scanned >= query.limit)
+    return Page([record_of(row) for row in rows], last if cut else end, head)
+
+
+def _position(row: tuple[Any, ...]) -> int:
+    return cast("int", row[0])
+
+
+def _page_parameters(query: Events, types: tuple[str, ...] | None, ranges: int) -> dict[str, object]:
+    parameters: dict[str, object] = {
+        "after": query.after,
+        "until": LAST if query.until is None else query.until,
+        "limit": 0 if types == () else query.limit,
+        "max_bytes": query.max_bytes,
+        "key": query.key,
+        "since": -LAST if query.since is None else micros(query.since) / 1e6,
+        "until_time": LAST if query.until_time is None else micros(query.until_time) / 1e6,
+    }
+    return parameters | _type_parameters(types, ranges)
+
+
+def _type_parameters(types: tuple[str, ...] | None, ranges: int) -> dict[str, object]:
+    if ranges:
+        return {f"type{i}": name for i, name in enumerate(types or ())}
+    return {} if types is None else {"types": msgspec.json.encode(types).decode()}
+
+
+@functools.lru_cache(maxsize=256)
+def _page_text(ranges: int, by_key: bool, filtered: bool, timed: bool) -> str:
+    """First the positions are picked from an index, then their sizes are added up, then the wide columns of those that fit
+    are read: a page costs what is in it."""
+    passes = ["true"]
+    if filtered:
+        passes.append("e.type IN (SELECT value FROM json_each(:types))")
+    if timed:
+        passes.append("e.time BETWEEN :since AND :until_time")
+    return f"""
+WITH picked AS MATERIALIZED (
+    SELECT c.position AS position, {" AND ".join(passes)} AS passes, e.size AS size
+    FROM ({_candidates(ranges, by_key)}) c CROSS JOIN events e ON e.position = c.position
+), summed AS MATERIALIZED (
+    SELECT position, passes, size, sum(size * passes) OVER (ORDER BY position) AS total FROM picked
+), kept AS MATERIALIZED (
+    SELECT position, passes FROM summed WHERE total <= :max_bytes OR total = size * passes
+)
+SELECT {HEAD}, (SELECT count(*) FROM picked), (SELECT count(*) FROM kept), (SELECT max(position) FROM kept), (
+    SELECT CAST(json_group_array({event_json()}) AS BLOB)
+    FROM kept CROSS JOIN events e ON e.position = kept.position WHERE kept.passes
+)"""
+
+
+def _candidates(ranges: int, by_key: bool) -> str:
+    """The next `:limit` positions. The indexes are named: after ANALYZE the planner may prefer to scan the log for a type."""
+    between = "position > :after AND position <= :until ORDER BY position LIMIT :limit"
+    if by_key:
+        return f"SELECT position FROM events INDEXED BY events_key WHERE key = :key AND {between}"
+    if not ranges:
+        return f"SELECT position FROM events WHERE {between}"
+    each = (
+        f"SELECT position FROM (SELECT position FROM events INDEXED BY events_type WHERE type = :type{i} AND {between})"
+        for i in range(ranges)
+    )
+    return f"{' UNION ALL '.join(each)} ORDER BY position LIMIT :limit"
+
+
+def _events_at(connection: Connection, query: EventsAt) -> tuple[Record, ...]:
+    wanted = msgspec.json.encode(query.positions).decode()
+    source = "FROM events e WHERE e.position IN (SELECT value FROM json_each(?))"
+    records = ask(connection, event_json(), source, (wanted,), EVENT_ROWS, record_of)
+    return tuple(sorted(records, key=lambda record: record.position))
+
+
+def _find(connection: Connection, query: Find) -> Record | None:
+    parameters = (query.event_id, query.event_id)
+    text = (
+        f"SELECT CAST(json_array(coalesce((SELECT json_array({event_json()}, NULL, NULL) FROM events e WHERE e.id = ?), "
+        f"(SELECT json_array({event_json('0')}, CAST(round(e.due_at * 1e6) AS INTEGER), e.idempotency_key) "
+        "FROM scheduled e WHERE e.id = ?))) AS BLOB)"
+    )
+    (found,) = one(connection, text, parameters, _FOUND, "events")
+    if found is None:
+        return None
+    row, due_at, key = found
+    record = record_of(row)
+    record.due_at, record.idempotency_key = None if due_at is None else due_at / 1e6, key
+    return record
+
+
+_FOUND = msgspec.json.Decoder(list[tuple[EventRow, int | None, str | None] | None])
+
+
+# ------------------------------------------------------------------ about the log
+
+
+def _types(connection: Connection, query: Types) -> Mapping[str, int]:
+    # A skip-scan: one look into the index per type, however long the log is.
+    text = (
+        "WITH RECURSIVE t(type) AS (SELECT min(type) FROM events INDEXED BY events_type "
+        "UNION ALL SELECT (SELECT min(type) FROM events INDEXED BY events_type WHERE type > t.type) FROM t "
+        "WHERE t.type IS NOT NULL) "
+        "SELECT CAST(json_group_array(json_array(type, (SELECT max(position) FROM events INDEXED BY events_type "
+        "WHERE events.type = t.type))) AS BLOB) FROM t WHERE type IS NOT NULL"
+    )
+    return dict(one(connection, text, (), _COUNTS, "events"))
+
+
+_COUNTS = msgspec.json.Decoder(list[tuple[str, int]])
+
+
+def position_before(connection: Connection, time: float) -> int:
+    """The last position before the first event published at or after a time. Times need not rise with positions."""
+    text = (
+        f"WITH first(position) AS (SELECT min(position) FROM events INDEXED BY events_time WHERE time >= ?) "
+        f"SELECT CASE WHEN first.position IS NULL THEN {HEAD} ELSE max("
+        "coalesce((SELECT max(e.position) FROM events e WHERE e.position < first.position), 0), "
+        "(SELECT pruned_to FROM log_state WHERE pruned_to < first.position UNION ALL SELECT 0 LIMIT 1)) END FROM first"
+    )
+    (position,) = connection.execute(text, (micros(time) / 1e6,)).fetchone()
+    return int(position)
+
+
+def _log_state(connection: Connection, query: LogState) -> Retained:
+    text = (
+        f"SELECT {HEAD}, pruned_to, pruned_time, (SELECT count(*) FROM (SELECT 1 FROM events LIMIT {_EXACT_COUNT + 1})) "
+        "FROM log_state"
+    )
+    return Retained(*connection.execute(text).fetchone())
+
+
+def next_due(connection: Connection) -> float | None:
+    """When the next scheduled event is due."""
+    (due_at,) = connection.execute("SELECT min(due_at) FROM scheduled").fetchone()
+    return cast("float | None", due_at)
+
+
+def _lag(connection: Connection, query: Lag) -> tuple[int, float | None]:
+    types = None if query.types is None else tuple(dict.fromkeys(query.types))
+    ranges = len(types) if types and len(types) <= MOST_TYPES else 0
+    parameters: dict[str, object] = {
+        "after": query.after,
+        "until": LAST if query.until is None else query.until,
+        "limit": query.limit,
+        "low": query.slots[0],
+        "high": query.slots[1],
+    }
+    text = _lag_text(ranges, query.slots != (0, SLOTS), types is not None and not ranges)
+    count, time = connection.execute(text, parameters | _type_parameters(types, ranges)).fetchone()
+    return count, time
+
+
+@functools.lru_cache(maxsize=256)
+def _lag_text(ranges: int, by_slot: bool, filtered: bool) -> str:
+    between = "position > :after AND position <= :until"
+    if by_slot:
+        between += " AND slot >= :low AND slot < :high"
+    if filtered:
+        between += " AND type IN (SELECT value FROM json_each(:types))"
+    end = "ORDER BY position LIMIT :limit"
+    source = f"SELECT position FROM events WHERE {between} {end}"
+    if ranges:
+        each = (
+            f"SELECT position FROM (SELECT position FROM events INDEXED BY events_type WHERE type = :type{i} AND {between} {end})"
+            for i in range(ranges)
+        )
+        source = f"{' UNION ALL '.join(each)} LIMIT :limit"
+    return (
+        f"WITH found AS MATERIALIZED ({source}) SELECT (SELECT count(*) FROM found), "
+        "(SELECT time FROM events WHERE position = (SELECT min(position) FROM found))"
+    )
+
+
+# ------------------------------------------------------------------ subscriptions and their lanes
+
+
+def subscriptions(connection: Connection) -> tuple[Subscribed, ...]:
+    """All stored subscriptions, by name."""
+    found = ask(connection, SUBSCRIPTION_JSON, "FROM subscriptions", (), SUBSCRIPTION_ROWS, subscribed_of)
+    return tuple(sorted(found, key=lambda subscribed: subscribed.name))
+
+
+def lanes(connection: Connection, subscription: str | None) -> tuple[LaneState, ...]:
+    """All lanes, or those of one subscription."""
+    source = "FROM lanes" if subscription is None else "FROM lanes WHERE subscription = :name"
+    found = ask(connection, LANE_JSON, source, {"name": subscription}, LANE_ROWS, lane_of)
+    return tuple(sorted(found, key=lambda state: (state.subscription, state.lane)))
+
+
+def waiting_rows(connection: Connection, subscription: str | None) -> tuple[WaitingRow, ...]:
+    """The waiting deliveries of all subscriptions, or of one, by position."""
+    source = "FROM deliveries" if subscription is None else "FROM deliveries WHERE subscription = :name"
+    found = ask(connection, WAITING_JSON, source, {"name": subscription}, WAITING_ROWS, waiting_of)
+    return tuple(sorted(found, key=lambda row: (row.waiting.position, row.subscription)))
+
+
+# ------------------------------------------------------------------ dead letters
+
+
+def dead_letter_condition(wanted: DeadLetterFilter) -> tuple[str, dict[str, object]]:
+    """A filter as a condition on `dead_letters e`, and its values."""
+    values: dict[str, object] = {
+        "ids": None if wanted.ids is None else msgspec.json.encode(wanted.ids).decode(),
+        "event_id": wanted.event_id,
+        "subscription": wanted.subscription,
+        "type": wanted.type,
+        "error": wanted.error,
+        "since": None if wanted.since is None else micros(wanted.since) / 1e6,
+        "until": None if wanted.until is None else micros(wanted.until) / 1e6,
+        "redriving": wanted.redriving,
+    }
+    if wanted.type == "*":
+        values["type"] = None
+    elif wanted.type is not None and wanted.type.endswith(".*"):
+        values |= {"type": None, "prefix": wanted.type[:-1]}
+    conditions = [_CONDITIONS[name] for name, value in values.items() if value is not None]
+    return " AND ".join(["true", *conditions]), values
+
+
+_CONDITIONS = {
+    "ids": "e.id IN (SELECT value FROM json_each(:ids))",
+    "event_id": "e.event_id = :event_id",
+    "subscription": "e.subscription = :subscription",
+    "type": "e.type = :type",
+    "prefix": "substr(e.type, 1, length(:prefix)) = :prefix",
+    # The class's name, with its module or without.
+    "error": "(e.error_type = :error OR substr(e.error_type, -length(:error) - 1) = '.' || :error)",
+    "since": "e.last_failed_at >= :since",
+    "until": "e.last_failed_at <= :until",
+    "redriving": "e.redriving = :redriving",
+}
+
+
+def _dead_letters(connection: Connection, query: DeadLetters) -> tuple[DeadLetterRow, ...]:
+    condition, values = dead_letter_condition(query.filter)
+    values |= {"after": query.after, "limit": -1 if query.limit is None else query.limit}
+    source = f"FROM (SELECT * FROM dead_letters e WHERE e.id > :after AND {condition} ORDER BY e.id LIMIT :limit) e"
+    found = ask(connection, DEAD_JSON, source, values, DEAD_ROWS, dead_letter_of)
+    return tuple(sorted(found, key=lambda row: row.id))
+
+
+def _count_dead_letters(connection: Connection, query: CountDeadLetters) -> Mapping[str, int]:
+    text = (
+        "SELECT CAST(json_group_array(json_array(subscription, n)) AS BLOB) "
+        "FROM (SELECT subscription, count(*) AS n FROM dead_letters GROUP BY subscription)"
+    )
+    return dict(one(connection, text, (), _COUNTS, "dead_letters"))
+
+
+_ANSWERS: Mapping[type, Callable[[Connection, Any], object]] = {
+    Events: _page,
+    EventsAt: _events_at,
+    Find: _find,
+    Types: _types,
+    PositionBefore: lambda connection, query: position_before(connection, query.time),
+    LogState: _log_state,
+    NextDue: lambda connection, _: next_due(connection),
+    Lag: _lag,
+    Subscriptions: lambda connection, _: subscriptions(connection),
+    Lanes: lambda connection, query: lanes(connection, query.subscription),
+    WaitingRows: lambda connection, query: waiting_rows(connection, query.subscription),
+    DeadLetters: _dead_letters,
+    CountDeadLetters: _count_dead_letters,
+}

@@ -1,0 +1,290 @@
+"""Rows of the SQLite store ⇄ records: the columns, in SQL and in Python, and their checksums.
+
+publish → journal → *store* → lanes → workers → outcome. What goes to SQLite are flat lists of values for statements of
+exactly n rows; what comes back is one row of JSON, since each further row that is fetched costs a hand-over of the GIL,
+up to 5 ms beside a busy event loop. JSON in SQLite 3.40 gives 15 digits of a float; so times travel as whole
+microseconds, in which they are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from eventbus.errors import StoreCorrupt
+from eventbus.stores.base import (
+    DeadLetterRow,
+    Death,
+    LaneState,
+    Order,
+    Record,
+    Subscribed,
+    Waiting,
+    WaitingRow,
+    checksum,
+)
+
+T = TypeVar("T")
+R = TypeVar("R")
+Parameters = Sequence[Any] | Mapping[str, Any]
+Value = str | bytes | int | float | None
+
+ROWS = 512
+"""The most rows in one statement."""
+
+JSON = "application/json"
+
+
+def micros(seconds: float) -> int:
+    """Unix seconds as whole microseconds."""
+    return round(seconds * 1e6)
+
+
+def _micros(column: str) -> str:
+    return f"CAST(round({column} * 1e6) AS INTEGER)"
+
+
+def to_micros(seconds: float) -> float:
+    """The time as it is kept: exact to the microsecond, so that it comes back as it was."""
+    return round(seconds * 1e6) / 1e6
+
+
+def _seconds(value: int | None) -> float | None:
+    return None if value is None else value / 1e6
+
+
+def _kept(seconds: float | None) -> float | None:
+    return None if seconds is None else to_micros(seconds)
+
+
+@functools.lru_cache(maxsize=4 * ROWS)
+def values_text(head: str, width: int, rows: int, tail: str = "") -> str:
+    """`head VALUES (?, …), (?, …) … tail`, for exactly so many rows."""
+    row = f"({', '.join('?' * width)})"
+    return f"{head} VALUES {', '.join([row] * rows)} {tail}"
+
+
+def chunks(items: Sequence[T]) -> Iterable[Sequence[T]]:
+    """Pieces of at most `ROWS`."""
+    return [items] if len(items) <= ROWS else [items[i : i + ROWS] for i in range(0, len(items), ROWS)]
+
+
+def decode(raw: bytes, decoder: msgspec.json.Decoder[list[T]], what: str) -> list[T]:
+    """The rows in one value of JSON. Damaged text is let through, with a mark in place of what is not UTF-8: the checksum of its
+    row tells on it, and the other rows are not lost with it."""
+    try:
+        return decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    try:
+        return decoder.decode(raw.decode(errors="replace"))
+    except msgspec.DecodeError as error:
+        raise StoreCorrupt(f"the rows of {what} are not what they should be: {error}") from error
+
+
+# ------------------------------------------------------------------ events
+
+_EVENT = "type, version, time, key, slot, headers, content_type, size, crc, data"
+EVENT_WIDTH = 12
+INSERT_EVENTS = f"INSERT INTO events (position, id, {_EVENT})"
+SCHEDULED_WIDTH = 13
+INSERT_SCHEDULED = f"INSERT INTO scheduled (id, due_at, idempotency_key, {_EVENT})"
+COPIED_COLUMNS = _EVENT
+"""What a dead letter copies of its event, beside id and position."""
+
+EventRow = tuple[int, str, str, int, int, str | None, int, str | None, str, int, int, str]
+
+
+def event_json(position: str = "e.position", id: str = "e.id") -> str:
+    """The JSON of an event `e`, as `record_of` takes it."""
+    return (
+        f"json_array({position}, {id}, e.type, e.version, {_micros('e.time')}, e.key, e.slot, e.headers, e.content_type, e.crc, "
+        "typeof(e.data) = 'blob', CASE typeof(e.data) WHEN 'blob' THEN hex(e.data) ELSE CAST(e.data AS TEXT) END)"
+    )
+
+
+EVENT_ROWS = msgspec.json.Decoder(list[EventRow])
+
+
+def record_of(row: EventRow) -> Record:
+    """A record from its row, its checksum verified."""
+    position, id, type, version, time, key, slot, headers, content_type, crc, is_blob, text = row
+    data = bytes.fromhex(text) if is_blob else text.encode()
+    record = Record(id, type, version, time / 1e6, key, slot, headers, content_type, data, None, None, position)
+    found = checksum(record)
+    if found != crc:
+        record.fault = f"its checksum is {found}, {crc} was stored with it: the row was damaged or changed"
+    return record
+
+
+def event_values(record: Record, position: int) -> tuple[Value, ...]:
+    """The values of `_EVENT`. The record's time becomes exact to the microsecond."""
+    time = record.time = to_micros(record.time)
+    data = record.data
+    crc = checksum(record, position)
+    if record.fault is not None:
+        crc ^= 0xFFFFFFFF  # what was damaged stays so, also where it is written anew
+    return (
+        record.type,
+        record.version,
+        time,
+        record.key,
+        record.slot,
+        record.headers,
+        record.content_type,
+        len(data),
+        crc,
+        _data_value(record.content_type, data),
+    )
+
+
+def _data_value(content_type: str, data: bytes) -> str | bytes:
+    """JSON is stored as text, for people and for SQL's JSON functions; anything else, and what only claims to be JSON, as it is."""
+    if content_type == JSON:
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            pass
+    return data
+
+
+# ------------------------------------------------------------------ lanes
+
+LANE_WIDTH = 11
+UPSERT_LANES = (
+    "INSERT INTO lanes (subscription, lane, owner, epoch, checkpoint, done, attempt, due_at, first_failed_at, error, crc)"
+)
+KEEP_OWNER = (
+    "ON CONFLICT (subscription, lane) DO UPDATE SET epoch = excluded.epoch, checkpoint = excluded.checkpoint, "
+    "done = excluded.done, attempt = excluded.attempt, due_at = excluded.due_at, first_failed_at = excluded.first_failed_at, "
+    "error = excluded.error, crc = excluded.crc"
+)
+NEW_OWNER = f"{KEEP_OWNER}, owner = excluded.owner"
+
+LANE_JSON = f"json_array(subscription, lane, epoch, checkpoint, done, attempt, {_micros('due_at')}, {_micros('first_failed_at')}, error, crc)"
+LaneRow = tuple[str, str, int, int, str | None, int, int | None, int | None, str | None, int]
+LANE_ROWS = msgspec.json.Decoder(list[LaneRow])
+_POSITIONS = msgspec.json.Decoder(tuple[int, ...])
+
+
+def _lane_crc(row: tuple[object, ...]) -> int:
+    return zlib.crc32("|".join(map(str, row)).encode())
+
+
+def lane_of(row: LaneRow) -> LaneState:
+    """A lane from its row. Raises StoreCorrupt if its checksum does not fit: a wrong checkpoint would skip events."""
+    subscription, lane, epoch, checkpoint, done, attempt, due_at, first_failed_at, error, crc = row
+    if _lane_crc(row[:-1]) != crc:
+        raise StoreCorrupt(
+            f"lane {lane!r} of subscription {subscription!r} does not match its checksum: its row in `lanes` was damaged, or "
+            "changed by hand; rewind the subscription, or remove the row to begin again"
+        )
+    positions = _POSITIONS.decode(done) if done else ()
+    return LaneState(
+        subscription, lane, epoch, checkpoint, positions, attempt, _seconds(due_at), _seconds(first_failed_at), error
+    )
+
+
+def lane_values(state: LaneState, owner: str | None) -> tuple[Value, ...]:
+    """The values of a lane's row."""
+    done = msgspec.json.encode(state.done).decode() if state.done else None
+    due_at = None if state.due_at is None else micros(state.due_at)
+    first = None if state.first_failed_at is None else micros(state.first_failed_at)
+    key = (state.subscription, state.lane)
+    crc = _lane_crc((*key, state.epoch, state.checkpoint, done, state.attempt, due_at, first, state.error))
+    times = (_seconds(due_at), _seconds(first))
+    return (*key, owner, state.epoch, state.checkpoint, done, state.attempt, *times, state.error, crc)
+
+
+# ------------------------------------------------------------------ waiting deliveries
+
+WAITING_WIDTH = 9
+UPSERT_WAITING = "INSERT INTO deliveries (subscription, position, lane, key, state, attempt, due_at, first_failed_at, error)"
+ON_WAITING = (
+    "ON CONFLICT (subscription, position) DO UPDATE SET lane = excluded.lane, key = excluded.key, state = excluded.state, "
+    "attempt = excluded.attempt, due_at = excluded.due_at, first_failed_at = excluded.first_failed_at, error = excluded.error"
+)
+WAITING_JSON = (
+    f"json_array(subscription, position, lane, key, state, attempt, {_micros('due_at')}, {_micros('first_failed_at')}, error)"
+)
+WaitingValues = tuple[str, int, str, str | None, Literal["retrying", "running"], int, int, int | None, str | None]
+WAITING_ROWS = msgspec.json.Decoder(list[WaitingValues])
+
+
+def waiting_of(row: WaitingValues) -> WaitingRow:
+    """A waiting delivery from its row."""
+    subscription, position, lane, key, state, attempt, due_at, first_failed_at, error = row
+    waiting = Waiting(position, key, attempt, due_at / 1e6, state, _seconds(first_failed_at), error)
+    return WaitingRow(subscription, lane, waiting)
+
+
+def waiting_values(subscription: str, lane: str, waiting: Waiting) -> tuple[Value, ...]:
+    """The values of a waiting delivery's row."""
+    first = _kept(waiting.first_failed_at)
+    due_at = to_micros(waiting.due_at)
+    return (
+        *(subscription, waiting.position, lane, waiting.key, waiting.state),
+        *(waiting.attempt, due_at, first, waiting.error),
+    )
+
+
+# ------------------------------------------------------------------ dead letters
+
+DeadRow = tuple[int, str, EventRow, str, str, str, int, int, int, int, int, int | None]
+DEAD_ROWS = msgspec.json.Decoder(list[DeadRow])
+DEAD_JSON = (
+    f"json_array(e.id, e.subscription, {event_json('e.position', 'e.event_id')}, e.error_type, e.error, e.traceback, e.attempts, "
+    f"{_micros('e.first_failed_at')}, {_micros('e.last_failed_at')}, e.redriving, e.attempt, {_micros('e.due_at')})"
+)
+
+
+def dead_letter_of(row: DeadRow) -> DeadLetterRow:
+    """A dead letter from its row; the checksum of its event is verified."""
+    id, subscription, event, error_type, error, traceback, attempts, first, last, redriving, attempt, due_at = row
+    death = Death(error_type, error, traceback, attempts, first / 1e6, last / 1e6)
+    return DeadLetterRow(id, subscription, record_of(event), death, bool(redriving), attempt, _seconds(due_at))
+
+
+# ------------------------------------------------------------------ subscriptions
+
+SUBSCRIPTION_JSON = (
+    f'json_array(name, json(types), json(since), "order", concurrency, paused, {_micros("paused_at")}, {_micros("created_at")})'
+)
+SubscriptionRow = tuple[str, tuple[str, ...], dict[str, int], Order, int, str | None, int | None, int]
+SUBSCRIPTION_ROWS = msgspec.json.Decoder(list[SubscriptionRow])
+
+
+def subscribed_of(row: SubscriptionRow) -> Subscribed:
+    """A subscription from its row."""
+    name, types, since, order, concurrency, paused, paused_at, created_at = row
+    return Subscribed(name, types, since, order, concurrency, paused, _seconds(paused_at), created_at / 1e6)
+
+
+def one(
+    connection: sqlite3.Connection, text: str, parameters: Parameters, decoder: msgspec.json.Decoder[list[T]], what: str
+) -> list[T]:
+    """The rows of a statement that yields them as one value of JSON."""
+    (raw,) = connection.execute(text, parameters).fetchone()
+    return decode(raw, decoder, what)
+
+
+def collect(json: str, source: str) -> str:
+    """A statement that yields all rows of `source` as one value, of bytes, so that damaged text gets through."""
+    return f"SELECT CAST(json_group_array({json}) AS BLOB) {source}"
+
+
+def ask(
+    connection: sqlite3.Connection,
+    json: str,
+    source: str,
+    parameters: Parameters,
+    decoder: msgspec.json.Decoder[list[T]],
+    make: Callable[[T], R],
+) -> list[R]:
+    """Every row of `source`, made into what it stands for."""
+    return [make(row) for row in one(connection, collect(json, source), parameters, decoder, source)]

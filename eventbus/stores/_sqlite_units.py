@@ -1,0 +1,245 @@
+"""Outcomes in the SQLite store: which units of a batch still hold, and what they change.
+
+publish → journal → *store* → lanes → workers → *outcome*. In come the units of a batch, in order, and what the store said about
+them before; each is checked against what the units before it have made of that. Out go a few statements: one for all lanes,
+one for the waiting deliveries that go, one for those that come, and more only where dead letters are touched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sqlite3
+from collections.abc import Sequence
+from typing import Literal
+
+from eventbus.errors import IdempotencyConflict
+from eventbus.stores._sqlite_commit import Entering, Found, LaneKey
+from eventbus.stores._sqlite_rows import (
+    COPIED_COLUMNS,
+    KEEP_OWNER,
+    LANE_WIDTH,
+    NEW_OWNER,
+    ON_WAITING,
+    UPSERT_LANES,
+    UPSERT_WAITING,
+    WAITING_WIDTH,
+    Value,
+    chunks,
+    lane_values,
+    to_micros,
+    values_text,
+    waiting_values,
+)
+from eventbus.stores.base import Death, LaneState, Refusal, Unit, Waiting
+
+_Kind = Literal["died", "died again", "handled", "retried"]
+
+
+class Outcomes:
+    """The units of one transaction.
+
+    Attributes:
+        refused: for each unit that was left out, by its index, why.
+        conflicts: indexes of the units that ended by `Unit.conflict`.
+        lanes: how the lanes that change will stand.
+    """
+
+    def __init__(self, found: Found, entering: Entering, now: float) -> None:
+        self.refused: dict[int, Refusal] = {}
+        self.conflicts: list[int] = []
+        self.lanes: dict[LaneKey, LaneState] = {}
+        self._found = found
+        self._entering = entering
+        self._now = now
+        self._gone: set[tuple[str, int]] = set()
+        self._waiting: dict[tuple[str, int], tuple[str, Waiting]] = {}
+        self._letters: list[tuple[_Kind, tuple[Value, ...]]] = []
+        self._paused: dict[str, str] = {}
+
+    @property
+    def touched(self) -> bool:
+        """Whether there is anything to write, beside what enters the log."""
+        return bool(self.lanes or self._gone or self._waiting or self._letters or self._paused)
+
+    # -------------------------------------------------------------- decide
+
+    def decide(self, units: Sequence[Unit]) -> None:
+        """Take in the units that hold, and note why others do not."""
+        for index, unit in enumerate(units):
+            lane = self._found.lanes.get((unit.subscription, unit.lane))
+            if lane is None or lane.epoch != unit.epoch:
+                self.refused[index] = "fenced"
+            elif self._is_settled(unit, lane):
+                self.refused[index] = "settled"
+            else:
+                self._apply(index, unit, lane)
+
+    def _is_settled(self, unit: Unit, lane: LaneState) -> bool:
+        if unit.source == "log":
+            return unit.position <= lane.checkpoint or unit.position in lane.done
+        if unit.source == "row":
+            return (unit.subscription, unit.row) not in self._found.rows
+        return unit.source == "redrive" and unit.dead_letter not in self._found.redriven
+
+    def _apply(self, index: int, unit: Unit, lane: LaneState) -> None:
+        death = unit.death
+        if unit.published:
+            admitted = self._entering.admit(unit.published)
+            if isinstance(admitted, IdempotencyConflict):
+                self.conflicts.append(index)
+                death = unit.conflict or self._death_by(admitted)
+        self._move(unit, lane)
+        if unit.row is not None or unit.rows:
+            self._change_rows(unit)
+        if death is not None or unit.dead_letter is not None:
+            self._change_dead_letter(unit, death)
+        if unit.pause is not None:
+            self._paused[unit.subscription] = unit.pause
+
+    def _death_by(self, conflict: IdempotencyConflict) -> Death:
+        return Death("IdempotencyConflict", str(conflict), "", 1, self._now, self._now)
+
+    def _move(self, unit: Unit, lane: LaneState) -> None:
+        """The lane stands as the unit says. One that did not come from the log or a row says nothing about what waits there."""
+        if unit.checkpoint <= lane.checkpoint and unit.source in {"redrive", "replay"}:
+            return
+        checkpoint = max(unit.checkpoint, lane.checkpoint)
+        moved = LaneState(
+            unit.subscription,
+            unit.lane,
+            unit.epoch,
+            checkpoint,
+            tuple([position for position in unit.done if position > checkpoint]) if unit.done else (),
+            unit.attempt,
+            unit.due_at,
+            unit.first_failed_at,
+            unit.error,
+        )
+        if moved != lane:
+            key = (unit.subscription, unit.lane)
+            self._found.lanes[key] = self.lanes[key] = moved
+
+    def _change_rows(self, unit: Unit) -> None:
+        rows = self._found.rows
+        if unit.row is not None:
+            key = (unit.subscription, unit.row)
+            rows.discard(key)
+            self._gone.add(key)
+            self._waiting.pop(key, None)
+        for waiting in unit.rows:
+            key = (unit.subscription, waiting.position)
+            rows.add(key)
+            self._gone.discard(key)
+            self._waiting[key] = (unit.lane, waiting)
+
+    def _change_dead_letter(self, unit: Unit, death: Death | None) -> None:
+        if unit.dead_letter is None:
+            if death is not None:
+                self._letters.append(("died", (unit.subscription, unit.position, *_values(death))))
+        elif death is not None:
+            self._found.redriven.discard(unit.dead_letter)
+            self._letters.append(("died again", (*_values(death), unit.dead_letter)))
+        elif unit.retry is not None:
+            attempts, due_at = unit.retry
+            self._letters.append(("retried", (attempts, to_micros(due_at), unit.dead_letter)))
+        else:
+            self._found.redriven.discard(unit.dead_letter)
+            self._letters.append(("handled", (unit.dead_letter,)))
+
+    # -------------------------------------------------------------- write
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        """Write what the units that hold have changed. The events that they published are in the log already."""
+        if self.lanes:
+            write_lanes(connection, list(self.lanes.values()))
+        if self._gone:
+            _remove_rows(connection, list(self._gone))
+        if self._waiting:
+            write_waiting(connection, [(key[0], *row) for key, row in self._waiting.items()])
+        # In order, since one dead letter may be deleted and come anew in one batch; what comes in a row is one statement.
+        for kind, group in itertools.groupby(self._letters, key=lambda letter: letter[0]):
+            _WRITE_LETTERS[kind](connection, [values for _, values in group])
+        for name, reason in self._paused.items():
+            connection.execute(
+                "UPDATE subscriptions SET paused = ?, paused_at = ? WHERE name = ?", (reason, to_micros(self._now), name)
+            )
+
+
+def write_lanes(connection: sqlite3.Connection, lanes: Sequence[LaneState], owner: str | None = None) -> None:
+    """Write lanes; each keeps its owner, unless one is given."""
+    for some in chunks(lanes):
+        values: list[Value] = []
+        for state in some:
+            values += lane_values(state, owner)
+        connection.execute(values_text(UPSERT_LANES, LANE_WIDTH, len(some), KEEP_OWNER if owner is None else NEW_OWNER), values)
+
+
+def write_waiting(connection: sqlite3.Connection, rows: Sequence[tuple[str, str, Waiting]]) -> None:
+    """Write waiting deliveries: (subscription, lane, waiting)."""
+    for some in chunks(rows):
+        values: list[Value] = []
+        for subscription, lane, waiting in some:
+            values += waiting_values(subscription, lane, waiting)
+        connection.execute(values_text(UPSERT_WAITING, WAITING_WIDTH, len(some), ON_WAITING), values)
+
+
+def _remove_rows(connection: sqlite3.Connection, keys: Sequence[tuple[str, int]]) -> None:
+    head = "DELETE FROM deliveries WHERE (subscription, position) IN ("
+    for some in chunks(keys):
+        connection.execute(values_text(head, 2, len(some), ")"), [value for key in some for value in key])
+
+
+# ------------------------------------------------------------------ dead letters
+
+_DEATH = "error_type, error, traceback, attempts, first_failed_at, last_failed_at"
+_DEATH_WIDTH = 6
+
+_INSERT_DEAD = "WITH died (subscription, position, error_type, error, traceback, attempts, first_failed_at, last_failed_at) AS ("
+_FROM_LOG = (
+    f") INSERT INTO dead_letters (subscription, event_id, position, {_DEATH}, {COPIED_COLUMNS}) "
+    f"SELECT d.subscription, e.id, d.position, d.{_DEATH.replace(', ', ', d.')}, e.{COPIED_COLUMNS.replace(', ', ', e.')} "
+    "FROM died d CROSS JOIN events e ON e.position = d.position WHERE true "
+    "ON CONFLICT (subscription, event_id) DO UPDATE SET error_type = excluded.error_type, error = excluded.error, "
+    "traceback = excluded.traceback, attempts = excluded.attempts, last_failed_at = excluded.last_failed_at"
+)
+
+
+def _values(death: Death) -> tuple[Value, ...]:
+    return (
+        *(death.error_type, death.error, death.traceback, death.attempts),
+        *(to_micros(death.first_failed_at), to_micros(death.last_failed_at)),
+    )
+
+
+def _write_died(connection: sqlite3.Connection, deaths: Sequence[tuple[Value, ...]]) -> None:
+    for some in chunks(deaths):
+        text = values_text(_INSERT_DEAD, 2 + _DEATH_WIDTH, len(some), _FROM_LOG)
+        connection.execute(text, [value for death in some for value in death])
+
+
+def _write_died_again(connection: sqlite3.Connection, deaths: Sequence[tuple[Value, ...]]) -> None:
+    for death in deaths:
+        connection.execute(
+            "UPDATE dead_letters SET error_type = ?, error = ?, traceback = ?, attempts = ?, first_failed_at = ?, "
+            "last_failed_at = ?, redriving = 0, attempt = 0, due_at = NULL WHERE id = ?",
+            death,
+        )
+
+
+def _write_handled(connection: sqlite3.Connection, ids: Sequence[tuple[Value, ...]]) -> None:
+    for some in chunks(ids):
+        text = values_text("DELETE FROM dead_letters WHERE id IN (", 1, len(some), ")")
+        connection.execute(text, [value for row in some for value in row])
+
+
+def _write_retried(connection: sqlite3.Connection, retries: Sequence[tuple[Value, ...]]) -> None:
+    for retry in retries:
+        connection.execute("UPDATE dead_letters SET attempt = ?, due_at = ? WHERE id = ?", retry)
+
+
+_WRITE_LETTERS = {
+    "died": _write_died,
+    "died again": _write_died_again,
+    "handled": _write_handled,
+    "retried": _write_retried,
+}

@@ -1,0 +1,332 @@
+"""The SQLite store: the log in one file.
+
+publish → journal → *store* → lanes → workers → outcome. In come batches, one transaction each, from the journal's thread, and
+queries from the reader's; out go what became durable, and pages of the log. Here are opening, closing and what happens when
+the disk fails; the rest stands in:
+
+- `_sqlite_file`: the lock file, file systems, deleted files; `_sqlite_connection`: settings, transactions, errors;
+- `_sqlite_schema`: the tables; `_sqlite_rows`: their rows as records;
+- `_sqlite_commit`, `_sqlite_units`, `_sqlite_commands`, `_sqlite_prune`: writing; `_sqlite_read`: reading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator
+from typing import Literal, TypeVar
+
+import attrs
+
+from eventbus.errors import (
+    ConfigurationError,
+    PublishOutcomeUnknown,
+    StoreError,
+    StoreLost,
+    StoreUnavailable,
+)
+from eventbus.stores._sqlite_commands import Commands
+from eventbus.stores._sqlite_commit import HEAD, Entering, look
+from eventbus.stores._sqlite_connection import (
+    MEMORY,
+    Transaction,
+    check_library,
+    connect,
+    is_io_error,
+    store_error,
+    transaction,
+    wal_checkpoint,
+)
+from eventbus.stores._sqlite_file import Identity, LockFile, prepare_file
+from eventbus.stores._sqlite_read import answer
+from eventbus.stores._sqlite_rows import lane_values
+from eventbus.stores._sqlite_schema import migrate
+from eventbus.stores._sqlite_units import Outcomes
+from eventbus.stores.base import Batch, Committed, Features, Instance, Query, Record
+
+T = TypeVar("T")
+
+WAL_PAGES = 1_000
+"""Pages in the WAL after which it is carried over into the database."""
+
+_EVENTS_PER_PAGE = 4
+_PAGES_PER_COMMIT = 6
+_PAGE_BYTES = 4_096
+
+
+@attrs.define
+class _Decided:
+    """A transaction that is written and only needs its COMMIT.
+
+    Attributes:
+        committed: what to return once it is durable.
+        entered: the records that entered the log, with their positions.
+        ids: of the events that are stored if it takes place.
+        trace: a statement and its values that find a row if, and only if, it took place; None if nothing was written.
+        weight: the pages it has written, roughly.
+    """
+
+    committed: Committed
+    entered: list[tuple[Record, int]]
+    ids: list[str]
+    trace: tuple[str, tuple[object, ...]] | None
+    weight: float
+
+
+class SQLiteStore:
+    """The log in one SQLite file, for one process at a time.
+
+    Args:
+        path: of the database file; it is created when the store is opened. `":memory:"` keeps nothing.
+        durability: "full": what is committed survives a loss of power. "fast": it survives the end of the process; a loss
+            of power may take the last commits, never the middle of one.
+
+    Times are kept to the microsecond.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, durability: Literal["full", "fast"] = "full") -> None:
+        text = os.fspath(path)
+        if not isinstance(text, str) or not text or "\0" in text:
+            raise ConfigurationError(f"{path!r} is no path for a database; give the path of a file, or ':memory:'")
+        if durability not in {"full", "fast"}:
+            raise ConfigurationError(f"durability is {durability!r}; it must be 'full' or 'fast'")
+        self._address = text
+        self._memory = text == MEMORY
+        self._full = durability == "full"
+        self._path = MEMORY
+        self._opened = False
+        self._lock: LockFile | None = None
+        self._identity: Identity | None = None
+        self._writer: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
+        # The writer closes and opens the reader's connection after an I/O error; never while a query runs on it.
+        self._reading = threading.Lock()
+        self._suspect = False
+        self._frames = 0.0
+        self._frames_per_weight = 1.0
+
+    @property
+    def address(self) -> str:
+        """The path as it was given."""
+        return self._address
+
+    @property
+    def features(self) -> Features:
+        """What this store can do: depends on whether there is a file, and on the durability asked for."""
+        return Features(concurrent_reads=not self._memory, survives_power_loss=self._full and not self._memory)
+
+    # -------------------------------------------------------------- open and close
+
+    def open(self, instance: Instance) -> None:
+        """See `Store.open`."""
+        if self._opened:
+            raise StoreUnavailable(f"{self._address} is open already; close it first")
+        check_library()
+        try:
+            with self._translated():
+                if not self._memory:
+                    self._path = os.path.realpath(self._address)
+                    prepare_file(self._path)
+                    self._lock = LockFile(self._path)
+                    self._lock.acquire(instance)
+                self._connect()
+            self._opened = True
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> None:
+        writer = self._writer = connect(self._path, full=self._full)
+        migrate(writer, self._address)
+        if not self._memory:
+            # A look at the tables opens the WAL, so that it is there to be recorded.
+            writer.execute("SELECT one FROM log_state").fetchone()
+            self._identity = Identity(self._path)
+            self._reader = connect(self._path, full=self._full, reader=True)
+        self._suspect = False
+        self._frames = 0.0
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        writer, lock = self._writer, self._lock
+        self._opened = False
+        if lock is not None and lock.forked:
+            _abandoned.extend((writer, self._reader))
+            self._writer = self._reader = self._lock = None
+            return
+        try:
+            if writer is not None and not self._memory and not self._suspect and self._identity is not None:
+                with contextlib.suppress(sqlite3.Error, StoreLost):
+                    self._identity.check()  # or it would carry a WAL over into somebody else's file
+                    self._close_reader()
+                    wal_checkpoint(writer, "TRUNCATE")
+            self._disconnect()
+        finally:
+            if lock is not None:
+                lock.release()
+            self._lock = None
+
+    def _close_reader(self) -> None:
+        with self._reading:
+            reader, self._reader = self._reader, None
+            if reader is not None:
+                reader.close()
+
+    def _disconnect(self) -> None:
+        try:
+            self._close_reader()
+        finally:
+            writer, self._writer, self._identity = self._writer, None, None
+            if writer is not None:
+                writer.close()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise store_error(error, self._address) from error
+
+    def _check_open(self) -> None:
+        if not self._opened:
+            raise StoreUnavailable(f"{self._address} is not open")
+        if self._lock is not None and self._lock.forked:
+            raise StoreUnavailable(f"{self._address} was opened by the parent of this process; make a store of your own here")
+
+    def _connected(self, connection: sqlite3.Connection | None) -> sqlite3.Connection:
+        self._check_open()
+        if connection is None:
+            raise StoreUnavailable(f"{self._address} could not be opened again after an I/O error; it is tried at each commit")
+        return connection
+
+    # -------------------------------------------------------------- write
+
+    def commit(self, batch: Batch) -> Committed:
+        """See `Store.commit`."""
+        if self._suspect:
+            self._reopen()
+        writer = self._connected(self._writer)
+        decided: _Decided | None = None
+        state = Transaction()
+        try:
+            if self._frames > WAL_PAGES:
+                self._carry_over(writer)
+            with transaction(writer) as state:
+                decided = _decide(writer, batch)
+        except sqlite3.Error as error:
+            if decided is None or not state.committing or not is_io_error(error):
+                # Before COMMIT nothing can have been stored. The connection may be in any state after an I/O error.
+                self._suspect = self._suspect or is_io_error(error) or writer.in_transaction
+                raise store_error(error, self._address) from error
+            self._find_out(decided, error)
+        except (OverflowError, UnicodeError) as error:  # what SQLite cannot take as a value
+            raise StoreError(f"{self._address}: a value cannot be stored: {error}; nothing of the batch was") from error
+        if self._identity is not None:
+            self._identity.check()
+        for record, position in decided.entered:
+            record.position = position
+        self._frames += decided.weight * self._frames_per_weight
+        return decided.committed
+
+    def _carry_over(self, writer: sqlite3.Connection) -> None:
+        """A WAL checkpoint. PASSIVE, so that it waits for nobody: a reader that stays open makes it end early.
+
+        Python has no way to ask how long the WAL is without doing one; so the pages are estimated from what was written,
+        and the estimate learns from each WAL checkpoint.
+        """
+        _, frames = wal_checkpoint(writer, "PASSIVE")
+        estimate = self._frames / self._frames_per_weight
+        self._frames_per_weight = min(4.0, max(0.25, frames / estimate))
+        self._frames = 0.0
+
+    def _find_out(self, decided: _Decided, error: sqlite3.Error) -> None:
+        """The disk failed during COMMIT: return if the transaction took place, raise if it did not, or if nobody can tell.
+
+        Everything is closed, so that SQLite reads the WAL anew as it would after a crash, and the WAL carried over, so that
+        what is found is on disk and not only in the memory of this process.
+        """
+        self._suspect = True
+        try:
+            self._reopen()
+            writer = self._connected(self._writer)
+            stored = decided.trace is None or writer.execute(*decided.trace).fetchone() is not None
+        except (sqlite3.Error, StoreError) as failure:
+            raise PublishOutcomeUnknown(decided.ids) from failure
+        if not stored:
+            raise store_error(error, self._address) from error
+
+    def _reopen(self) -> None:
+        """Open the connections anew after an I/O error. The lock file stays held."""
+        self._check_open()
+        self._suspect = True
+        with self._translated():
+            with contextlib.suppress(sqlite3.Error):
+                self._disconnect()
+            self._connect()
+            if self._writer is not None and not self._memory and not wal_checkpoint(self._writer, "FULL")[0]:
+                raise StoreUnavailable(f"{self._address}: the WAL could not be carried over into the database")
+        self._suspect = False
+
+    # -------------------------------------------------------------- read
+
+    def read(self, query: Query[T]) -> T:
+        """See `Store.read`."""
+        with self._reading, self._translated():
+            return answer(self._connected(self._writer if self._memory else self._reader), query)
+
+
+_abandoned: list[object] = []
+"""Connections of a parent process: to close them in the child could touch the parent's files."""
+
+
+def _decide(connection: sqlite3.Connection, batch: Batch) -> _Decided:
+    """Apply a batch inside its transaction. In order: commands, appends, units."""
+    commands = Commands(connection, batch.now)
+    previous = None
+    if batch.commands:
+        (previous,) = connection.execute(f"SELECT {HEAD}").fetchone()
+        commands.run(batch.commands)
+    found = look(connection, batch)
+    entering = Entering(found.head, found.keys)
+    appends = [entering.admit(group) for group in batch.appends]
+    outcomes = Outcomes(found, entering, batch.now)
+    outcomes.decide(batch.units)
+    entering.write(connection, batch.now)
+    outcomes.write(connection)
+    entered = commands.promoted + entering.events
+    committed = Committed(
+        found.head if previous is None else previous,
+        entering.head,
+        appends,
+        outcomes.refused,
+        commands.results,
+        [record for record, _ in entered],
+        outcomes.conflicts,
+    )
+    size = sum([len(record.data) for record, _ in entered])
+    weight = _PAGES_PER_COMMIT + len(entered) / _EVENTS_PER_PAGE + size / _PAGE_BYTES
+    ids = [record.id for record in (*committed.events, *entering.scheduled)]
+    return _Decided(committed, entered, ids, _trace(connection, batch, entering, outcomes), weight)
+
+
+def _trace(
+    connection: sqlite3.Connection, batch: Batch, entering: Entering, outcomes: Outcomes
+) -> tuple[str, tuple[object, ...]] | None:
+    """How to tell later whether this transaction took place. One row is enough: it is atomic."""
+    if entering.events:
+        record, position = entering.events[-1]
+        return "SELECT 1 FROM events WHERE id = ? AND position = ?", (record.id, position)
+    if entering.scheduled:
+        return "SELECT 1 FROM scheduled WHERE id = ?", (entering.scheduled[-1].id,)
+    if outcomes.lanes:
+        key, state = next(iter(outcomes.lanes.items()))
+        text = "SELECT 1 FROM lanes WHERE subscription = ? AND lane = ? AND crc = ?"
+        return text, (*key, lane_values(state, None)[-1])
+    if not batch.commands and not outcomes.touched:
+        return None
+    token = secrets.token_hex(16)
+    connection.execute("UPDATE log_state SET last_write = ?", (token,))
+    return "SELECT 1 FROM log_state WHERE last_write = ?", (token,)
