@@ -40,11 +40,13 @@ def _end(attempt: Attempt, result: object) -> Outcome:
     return ACKED if attempt.replaying or not published else Acked(published)
 
 
-def failed(error: BaseException) -> Outcome:
+def failed(attempt: Attempt, error: BaseException) -> Outcome:
     """The outcome of an attempt that raised."""
-    if isinstance(error, UnknownEventType):
-        return Undeliverable(str(error))
-    return Failed(error, final=isinstance(error, UndecodableEvent))
+    record = attempt.record
+    # A handler may meet events other than its own that it cannot decode, in `history` for instance; they are its own affair.
+    if isinstance(error, UndecodableEvent) and (error.type, error.version) == (record.type, record.version):
+        return Undeliverable(str(error)) if isinstance(error, UnknownEventType) else Failed(error, final=True)
+    return Failed(error)
 
 
 def timed_out(attempt: Attempt) -> HandlerTimeout:
@@ -64,7 +66,7 @@ def run_plain(attempt: Attempt, base: Context) -> Outcome:
             raise TypeError("the handler is a plain function that returned an awaitable; make it `async def`")  # noqa: TRY301
         return context.run(_end, attempt, result)
     except BaseException as error:  # noqa: BLE001  # an outcome, whatever it is
-        return failed(error)
+        return failed(attempt, error)
 
 
 class Running:
@@ -88,7 +90,7 @@ class Running:
         except StopIteration as stop:
             return self._end(stop.value)
         except BaseException as error:  # noqa: BLE001  # an outcome, whatever it is
-            return failed(error)
+            return failed(self._attempt, error)
         return None
 
     async def finish(self) -> Outcome:
@@ -102,7 +104,7 @@ class Running:
         try:
             return self._context.run(_end, self._attempt, result)
         except Exception as error:  # noqa: BLE001  # a bad event among those returned
-            return failed(error)
+            return failed(self._attempt, error)
 
 
 def _coroutine_of(awaitable: object) -> Coroutine[Any, Any, object]:

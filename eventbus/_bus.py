@@ -1,7 +1,7 @@
 """EventBus: what a program declares, and what it calls.
 
-*publish* → journal → store → lanes → workers → outcome. The bus wires the parts and owns none of their work: an event is made a
-record (`_encoding`), handed to the journal (`_journal`), announced to the lanes (`_dispatch`, `_intake`, `_lanes`), and run by the
+*publish* → journal → store → lanes → workers → outcome. The bus wires the parts and owns none of their work: an event is made
+a record (`_encoding`), handed to the journal (`_journal`), announced to the lanes (`_dispatch`, `_intake`, `_lanes`), and run by the
 workers (`_workers`, `_attempts`). `_running` holds what lives while the bus is open.
 """
 
@@ -12,16 +12,18 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import anyio
+from typing_extensions import Self
 
 from eventbus._clock import Clock, SystemClock
 from eventbus._codec import Codec, JSONCodec
 from eventbus._dead_letters import DeadLetters
+from eventbus._declared import Declared
 from eventbus._events import Registry
-from eventbus._model import DeliveryStatus, Draft, Envelope, Receipt, ReplaySummary, Stats, SubscriptionInfo
-from eventbus._recovery import Wanted
+from eventbus._model import DeliveryStatus, Envelope, Receipt, ReplaySummary, Stats, SubscriptionInfo
+from eventbus._options import Durability, check_counts, check_durability, check_numbers, check_spans, store_of
 from eventbus._replay import Point, Progress, Replay
 from eventbus._retry import RetryPolicy
 from eventbus._running import Running, Settings
@@ -37,12 +39,11 @@ from eventbus.errors import (
     UnknownSubscription,
 )
 from eventbus.hooks import Hook
-from eventbus.stores.base import Cancel, Order, Pause, Record, Registration, Rewind, Store, Stored, Unsubscribe
+from eventbus.stores.base import Cancel, Order, Pause, Record, Rewind, Store, Stored, Unsubscribe
 
 if TYPE_CHECKING:
     from eventbus._dispatch import Serving
 
-Durability = Literal["full", "fast"]
 Name = str | Callable[..., Any]
 """A subscription: its name, or the handler."""
 
@@ -89,26 +90,24 @@ class EventBus:
         codec: Codec | None = None,
         clock: Clock | None = None,
     ) -> None:
-        _check_counts(workers=workers, max_pending=max_pending, max_event_bytes=max_event_bytes)
-        _check_seconds(retention=retention, dedup_for=dedup_for)
-        if durability not in ("full", "fast"):
-            raise ConfigurationError(f"durability={durability!r}; expected 'full' or 'fast'")
-        if isinstance(lease, bool) or not isinstance(lease, (int, float)) or not lease > 0:
-            raise ConfigurationError(f"lease={lease!r}; expected seconds above 0")
+        check_counts(workers=workers, max_pending=max_pending, max_event_bytes=max_event_bytes)
+        check_spans(retention=retention, dedup_for=dedup_for)
+        check_durability(durability)
+        check_numbers(lease=lease)
         self._store = store
         self._durability: Durability = durability
         codec = JSONCodec() if codec is None else codec
-        self._registry = Registry(codec)
+        self._registry = Registry(codec.prepare)
         keeping = Keeping(
             None if retention is None else retention.total_seconds(), dedup_for.total_seconds(), _PRUNE_EVERY, lease / 3
         )
         self._settings = Settings(
             name, workers, max_pending, max_event_bytes, keeping, tuple(hooks), clock or SystemClock(), codec, self._registry
         )
-        self._subscriptions: dict[str, Subscription] = {}
+        self._declared = Declared(self._registry)
         self._running: Running | None = None
         self._opening: _Opening | None = None
-        self.dead_letters = DeadLetters(self._open, self._name_of, self._type_of)
+        self.dead_letters = DeadLetters(self._open, self._declared)
         """Deliveries given up on: `list`, `get`, `redrive`, `discard`."""
 
     # -------------------------------------------------------------- declaring
@@ -183,13 +182,7 @@ class EventBus:
     def _add(self, subscription: Subscription) -> None:
         if self._running is not None:
             raise InvalidSubscription(f"subscription {subscription.name!r}: the bus is open; subscribe before it is opened")
-        other = self._subscriptions.get(subscription.name)
-        if other is not None:
-            raise InvalidSubscription(
-                f"two subscriptions are named {subscription.name!r}: {_where(other.handler)} and {_where(subscription.handler)}; "
-                "give one of them another name with name='…'"
-            )
-        self._subscriptions[subscription.name] = subscription
+        self._declared.add(subscription)
 
     # -------------------------------------------------------------- opening
 
@@ -215,12 +208,13 @@ class EventBus:
             StoreInUse, StoreTooNew, StoreUnsafe, StoreCorrupt, StoreUnavailable: the store cannot be used.
             InvalidSubscription: a stored subscription cannot be changed as declared.
         """
-        names = None if isinstance(dispatch, bool) else {self._declared(each) for each in dispatch}
-        if names is None:
-            names = set(self._subscriptions) if dispatch else set()
+        if isinstance(dispatch, bool):
+            names = self._declared.names() if dispatch else set()
+        else:
+            names = {self._declared.declared_name(each) for each in dispatch}
         return _Opening(self, self._store if store is None else store, names, stop_timeout)
 
-    async def __aenter__(self) -> EventBus:
+    async def __aenter__(self) -> Self:
         """Open the bus; see `open`."""
         opening = self.open()
         await opening.__aenter__()
@@ -242,18 +236,11 @@ class EventBus:
         running = Running(store, self._settings)
         self._running = running
         try:
-            await running.start([self._wanted(s, s.name in names) for s in self._subscriptions.values()])
+            await running.start(self._declared.wanted(names))
         except BaseException:
             self._running = None
             raise
         return running
-
-    def _wanted(self, subscription: Subscription, dispatched: bool) -> Wanted:
-        kinds = {kind.name for cls in subscription.classes for kind in self._registry.subclasses(cls)}
-        types = (*sorted(kinds), *subscription.patterns)
-        start = subscription.start.timestamp() if isinstance(subscription.start, datetime) else subscription.start
-        registration = Registration(subscription.name, types, subscription.order, subscription.concurrency, start)
-        return Wanted(subscription, registration, dispatched)
 
     def _open(self) -> Running:
         running = self._running
@@ -370,11 +357,11 @@ class EventBus:
         """
         running = self._open()
         if exclusive:
-            raise NotSupported("exclusive replays are not there yet in this version; pause other publishers, or replay without it")
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0):
-            raise ConfigurationError(f"rate={rate!r}; expected events per second, above 0")
+            raise NotSupported("exclusive replays are not there yet in this version; replay without exclusive=True")
+        if rate is not None:
+            check_numbers(rate=rate)
         targets = self._targets(running, to)
-        patterns = self._patterns(types)
+        patterns = self._declared.patterns(types)
         stretch = await running.history.range(since, after, until)
         replay = Replay(
             running.dispatcher, running.history, targets, patterns, stretch, rate=rate, dry_run=dry_run, progress=progress
@@ -391,7 +378,7 @@ class EventBus:
             return [serving for serving in servings.values() if serving.options.replay]
         targets = []
         for each in [to] if isinstance(to, str) or callable(to) else to:
-            name = self._declared(each)
+            name = self._declared.declared_name(each)
             if name not in servings:
                 raise UnknownSubscription(f"the subscription {name!r} is not dispatched here; a replay needs its handler")
             if not servings[name].options.replay:
@@ -412,7 +399,7 @@ class EventBus:
             RangeNotRetained: events of that range have been removed. UnknownSubscription: there is none of this name.
         """
         running = self._open()
-        name = self._name_of(subscription)
+        name = self._declared.name_of(subscription)
         stretch = await running.history.range(since, after, None)
         if since is None and after is None:
             await self._check_complete(running)
@@ -455,7 +442,7 @@ class EventBus:
         running = self._open()
         stretch = await running.history.range(since, after, until)
         text_key = None if key is None else str(key)
-        async for envelope in running.history.envelopes(stretch, self._patterns(types), text_key, running.decoder.envelope):
+        async for envelope in running.history.envelopes(stretch, self._declared.patterns(types), text_key, running.decoder.envelope):
             yield envelope
 
     # -------------------------------------------------------------- status
@@ -482,7 +469,7 @@ class EventBus:
         Raises:
             UnknownSubscription: there is none of this name.
         """
-        running, name = self._open(), self._name_of(subscription)
+        running, name = self._open(), self._declared.name_of(subscription)
         reason = "paused by hand"
         await running.journal.command(Pause(name, reason))
         serving = running.dispatcher.servings.get(name)
@@ -495,7 +482,8 @@ class EventBus:
         Raises:
             UnknownSubscription: there is none of this name.
         """
-        running, name = self._open(), self._name_of(subscription)
+        running, name = self._open(), self._declared.name_of(subscription)
+        await running.journal.written()  # a pause, or an attempt, on its way to the store must not come after the resume
         await running.journal.command(Pause(name, None))
         serving = running.dispatcher.servings.get(name)
         if serving is not None:
@@ -509,48 +497,13 @@ class EventBus:
         Raises:
             UnknownSubscription: there is none of this name.
         """
-        running, name = self._open(), self._name_of(subscription)
+        running, name = self._open(), self._declared.name_of(subscription)
         serving = running.dispatcher.servings.get(name)
         if serving is not None:
             serving.close()
         await running.journal.command(Unsubscribe(name))
-        self._subscriptions.pop(name, None)
+        self._declared.remove(name)
         await running.forget(name)
-
-    # -------------------------------------------------------------- names
-
-    def _name_of(self, subscription: object) -> str:
-        """The name of a subscription that is given by name or handler; a name may belong to one that is only stored."""
-        if isinstance(subscription, str):
-            return subscription
-        names = [s.name for s in self._subscriptions.values() if s.handler == subscription]
-        if len(names) == 1:
-            return names[0]
-        if names:
-            raise UnknownSubscription(f"{_where(subscription)} handles several subscriptions: {', '.join(names)}; give a name")
-        raise UnknownSubscription(f"{_where(subscription)} is not the handler of a subscription; {self._known()}")
-
-    def _declared(self, subscription: object) -> str:
-        name = self._name_of(subscription)
-        if name not in self._subscriptions:
-            raise UnknownSubscription(f"no handler for subscription {name!r}; {self._known()}")
-        return name
-
-    def _known(self) -> str:
-        names = ", ".join(repr(name) for name in self._subscriptions) or "none"
-        return f"known: {names}. Import the module that registers it before the bus starts"
-
-    def _type_of(self, type: object) -> str:
-        return type if isinstance(type, str) else self._registry.of(type).name  # type: ignore[arg-type]  # checked there
-
-    def _patterns(self, types: Sequence[type | str]) -> list[str]:
-        patterns: list[str] = []
-        for each in types:
-            if isinstance(each, str):
-                patterns.append(each)
-            else:
-                patterns += [kind.name for kind in self._registry.subclasses(each)]
-        return patterns
 
 
 class _Opening:
@@ -564,7 +517,7 @@ class _Opening:
         self._running: Running | None = None
 
     async def __aenter__(self) -> EventBus:
-        store = _store_of(self._store, self._bus._durability)
+        store = store_of(self._store, self._bus._durability)
         self._running = await self._bus._start(store, self._names)
         return self._bus
 
@@ -580,37 +533,3 @@ class _Opening:
         finally:
             self._bus._running = None
         return await running.end_group(kind, error, traceback)
-
-
-def _store_of(store: str | os.PathLike[str] | Store | None, durability: Durability) -> Store:
-    if store is None:
-        raise ConfigurationError("no store: give a path to EventBus(…) or to open(…)")
-    if not isinstance(store, (str, os.PathLike)):
-        return store
-    address = os.fspath(store)
-    if "://" in address:
-        scheme = address.partition("://")[0]
-        raise NotSupported(f"stores of the kind {scheme!r} are not there yet in this version; give a path to a SQLite file")
-    from eventbus.stores.sqlite import SQLiteStore  # noqa: PLC0415  # only where it is used
-
-    return SQLiteStore(address, durability=durability)
-
-
-def _check_counts(**counts: object) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ConfigurationError(f"{name}={count!r}; expected an int from 1")
-
-
-def _check_seconds(**spans: object) -> None:
-    for name, span in spans.items():
-        if span is None and name == "retention":
-            continue
-        if not isinstance(span, timedelta) or span.total_seconds() <= 0:
-            raise ConfigurationError(f"{name}={span!r}; expected a timedelta above 0")
-
-
-def _where(handler: object) -> str:
-    code = getattr(handler, "__code__", None)
-    name = getattr(handler, "__qualname__", repr(handler))
-    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else str(name)

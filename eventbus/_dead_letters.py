@@ -13,6 +13,7 @@ from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, Discard, Redri
 from eventbus.stores.base import DeadLetters as Query
 
 if TYPE_CHECKING:
+    from eventbus._declared import Declared
     from eventbus._running import Running
 
 
@@ -23,10 +24,9 @@ class DeadLetters:
     `error` (the name of the error's class, or the class), `since` and `until` (aware datetimes, inclusive, of the last failure).
     """
 
-    def __init__(self, running: Callable[[], Running], name_of: Callable[[object], str], type_of: Callable[[object], str]) -> None:
+    def __init__(self, running: Callable[[], Running], declared: Declared) -> None:
         self._running = running
-        self._name_of = name_of
-        self._type_of = type_of
+        self._declared = declared
 
     async def list(
         self,
@@ -105,7 +105,7 @@ class DeadLetters:
         self,
         ids: tuple[int, ...],
         subscription: object,
-        type: object,
+        type: type | str | None,
         error: object,
         since: datetime | None,
         until: datetime | None,
@@ -117,8 +117,8 @@ class DeadLetters:
         return DeadLetterFilter(
             tuple(_id(each) for each in ids) if ids else None,
             None,
-            None if subscription is None else self._name_of(subscription),
-            None if type is None else self._type_of(type),
+            None if subscription is None else self._declared.name_of(subscription),
+            None if type is None else self._declared.type_of(type),
             _error(error),
             None if since is None else _time("since", since),
             None if until is None else _time("until", until),

@@ -78,9 +78,11 @@ class Decoder:
         if kind is None:
             raise UnknownEventType(type, version, "no class is registered for it; import the module that defines it")
         if version > kind.version:
-            raise UnknownEventType(type, version, f"the class here, {kind.cls.__qualname__}, is version {kind.version}; a newer program wrote it")
+            found = f"the class here, {kind.cls.__qualname__}, is version {kind.version}; a newer program wrote it"
+            raise UnknownEventType(type, version, found)
         if content_type != self._codec.content_type:
-            raise UndecodableEvent(type, version, f"its content type is {content_type!r}, the codec's is {self._codec.content_type!r}")
+            found = f"its content type is {content_type!r}, the codec's is {self._codec.content_type!r}"
+            raise UndecodableEvent(type, version, found)
         try:
             return self._codec.decode(data, kind.cls)
         except EventBusError:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("eventbus")
 
-ONE_LANE = "*"
+ONE_LANE = ""
 """Name of the lane of a subscription that has one for all its types."""
 
 
@@ -57,6 +57,7 @@ class Serving:
         self.created_at = stored.created_at
         self._starts: dict[str, float] = {}
         self.lanes: dict[str, Lane] = {}
+        self.claiming: set[str] = set()  # lanes that the store is asked for
         self.feeds: dict[str, Feed] = {}  # by lane for order "type", one for all lanes otherwise
         self.rewinding = False
         self.stuck = 0
@@ -274,6 +275,7 @@ class Dispatcher:
         self.pins: list[int] = []
         self.promotions: dict[str, list[Waiter]] = {}
         self._routes: dict[str, tuple[Feed, ...]] = {}
+        self._await_lanes: list[Waiter] = []
 
     def get_head(self) -> int:
         """The last position that was announced."""
@@ -355,6 +357,19 @@ class Dispatcher:
         """A lane has been claimed."""
         self._routes.clear()
         return serving.add_lane(state, rows, self.budget)
+
+    def lanes_changed(self) -> None:
+        """A lane that the store was asked for is there, or will not be."""
+        waiters, self._await_lanes = self._await_lanes, []
+        for waiter in waiters:
+            waiter.set()
+
+    async def all_lanes(self) -> None:
+        """Wait until the lanes that the store is asked for are there."""
+        while any(serving.claiming for serving in self.servings.values()):
+            waiter = self.environment.loop.waiter()
+            self._await_lanes.append(waiter)
+            await waiter.wait()
 
     def forget_routes(self) -> None:
         """Subscriptions or their types have changed."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from eventbus._clock import to_datetime
 from eventbus._codec import Codec, Fault
 from eventbus._events import is_event_class
 from eventbus._model import Draft
@@ -36,7 +37,7 @@ _added: ContextVar[Mapping[str, str]] = ContextVar("eventbus_headers", default={
 
 @contextmanager
 def headers(**values: str) -> Iterator[None]:
-    """Give these headers to every event published in this context: `with headers(correlation_id="c-1"): …`.
+    """In this context, give these headers to every event that is published: `with headers(correlation_id="c-1"): …`.
 
     Values are strings. They are taken over those that follow from the delivery being handled, and under those of the call.
     """
@@ -127,7 +128,10 @@ class Encoder:
 
 
 def _key(key: object, kind: EventType) -> str:
-    text = str(key)
+    try:
+        text = str(key)
+    except Exception as error:
+        raise InvalidEvent(kind.name, "key", f"str() of the {type(key).__name__} given raised {error!r:.80}") from error
     if not 0 < len(text) <= _MAX_KEY or not _storable(text):
         raise InvalidEvent(kind.name, "key", f"{text[:40]!r} is no key: 1 to {_MAX_KEY} characters of valid text")
     return text
@@ -140,17 +144,23 @@ def _idempotency_key(key: object, kind: EventType) -> str:
 
 
 def _due(due: object, now: float, kind: EventType) -> float:
-    if isinstance(due, timedelta):
-        return now + due.total_seconds()
-    if isinstance(due, datetime) and due.tzinfo is not None:
-        return due.timestamp()
-    raise InvalidEvent(kind.name, "due", f"must be an aware datetime or a timedelta, not {due!r}")
+    aware = isinstance(due, datetime) and due.utcoffset() is not None
+    if not isinstance(due, timedelta) and not aware:
+        raise InvalidEvent(kind.name, "due", f"must be an aware datetime or a timedelta, not {due!r:.80}")
+    try:
+        moment = now + due.total_seconds() if isinstance(due, timedelta) else due.timestamp()  # type: ignore[attr-defined]
+        to_datetime(moment)
+    except (ValueError, OverflowError, OSError) as error:
+        raise InvalidEvent(kind.name, "due", f"{due!r:.80} leads out of the calendar") from error
+    return moment
 
 
 def _headers(own: Mapping[str, str] | None, kind: EventType) -> str | None:
     parent, added = current_record.get(), _added.get()
     if parent is None and not added and not own:
         return None
+    if own is not None and not isinstance(own, Mapping):
+        raise InvalidEvent(kind.name, "headers", f"must be a mapping of text to text, not {own!r:.80}")
     values: dict[str, str] = {}
     if parent is not None:
         values["correlation_id"] = headers_of(parent).get("correlation_id", parent.id)

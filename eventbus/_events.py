@@ -133,7 +133,7 @@ class Registry:
         prepare: called once with each class before it is known (the codec's `prepare`); raises to refuse it.
     """
 
-    def __init__(self, prepare: Callable[[type], None] = lambda cls: None) -> None:
+    def __init__(self, prepare: Callable[[type], object] = is_event_class) -> None:
         self._prepare = prepare
         self._by_class: dict[type, EventType] = {}
         self._by_name: dict[str, EventType] = {}
@@ -208,7 +208,8 @@ def _is_pydantic_parametrization(cls: type) -> bool:
 
 def _family_tree(base: type) -> Iterator[type]:
     yield base
-    for subclass in type.__subclasses__(base):
+    subclasses: list[type] = type.__subclasses__(base)
+    for subclass in subclasses:
         yield from _family_tree(subclass)
 
 

@@ -7,6 +7,7 @@ class, dataclass, msgspec.Struct or pydantic model; out come its fields, with st
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 import typing
 from collections.abc import Iterator, Mapping
@@ -64,9 +65,9 @@ def field_names(cls: type) -> tuple[str, ...]:
         case "dataclass":
             return tuple(field.name for field in dataclasses.fields(cls))
         case "struct":
-            return tuple(typing.cast(Any, cls).__struct_fields__)
+            return tuple(typing.cast("Any", cls).__struct_fields__)
         case "pydantic":
-            return tuple(typing.cast(Any, cls).model_fields)
+            return tuple(typing.cast("Any", cls).model_fields)
     return ()
 
 
@@ -131,14 +132,14 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 def _users_of(cls: type, name: str | None) -> str:
     for owner in cls.__mro__:
-        for field, annotation in owner.__dict__.get("__annotations__", {}).items():
+        for field, annotation in inspect.get_annotations(owner).items():
             if name and name in str(annotation):
                 return f"{label(cls)}.{field}"
     return label(cls)
 
 
 def _filled(field: Field, cls: type, variables: Mapping[type, Mapping[Any, Any]]) -> Any:
-    owner = next((base for base in cls.__mro__ if field.name in base.__dict__.get("__annotations__", {})), cls)
+    owner = next((base for base in cls.__mro__ if field.name in inspect.get_annotations(base)), cls)
     return fill(field.type, variables.get(owner, {}), cls)
 
 

@@ -64,5 +64,5 @@ def _is_frozen(cls: Any) -> bool:
 
 def _is_frozen_attrs(cls: type) -> bool:
     if hasattr(attrs, "inspect"):  # from attrs 25.4 on
-        return bool(cast(Any, attrs).inspect(cls).is_frozen)
+        return bool(cast("Any", attrs).inspect(cls).is_frozen)
     return getattr(cls.__setattr__, "__name__", "") == "_frozen_setattrs"

@@ -233,12 +233,10 @@ class Feed:
         behind = {i for i in self.intakes if not i.live and i.taken >= after and i.forgotten == forgotten.get(i)}
         for record in page.records:
             intake = self.of(record)
-            if (
-                intake in behind
-                and record.position > intake.taken
-                and self._accepts(record)
-                and not (intake.offer(record) and intake.forgotten == forgotten[intake])
-            ):
+            if intake not in behind or record.position <= intake.taken or not self._accepts(record):
+                continue
+            # What is offered to one lane may make another forget what it has got of this very page.
+            if intake.forgotten != forgotten[intake] or not intake.offer(record):
                 behind.discard(intake)
         for intake in behind:
             if intake.forgotten == forgotten[intake]:

@@ -140,7 +140,6 @@ class Journal:
         await self._admit(len(records))
         waiter = self._loop.waiter()
         ticket = _Ticket(waiter.set, records)
-        self._size += len(records)
         with self._condition:
             self._pending.appends.append(ticket)
             self._condition.notify()
@@ -148,6 +147,10 @@ class Journal:
         if isinstance(ticket.result, Exception):
             raise ticket.result
         return cast("Sequence[Stored]", ticket.result)
+
+    async def written(self) -> None:
+        """Wait until the outcomes that were handed in before are written."""
+        await self.append(())
 
     async def command(self, command: Command[T]) -> T:
         """Have a command carried out; returns its result when it is durable, or raises the error that it is."""
@@ -213,20 +216,26 @@ class Journal:
             raise BusNotOpen("the bus is closing: nothing was stored")
 
     async def _admit(self, count: int) -> None:
+        """Take room for so many records; where there is none, wait behind those who wait already."""
         self._check()
-        queued = bool(self._room)  # behind those who wait already
-        while queued or (self._size and self._size + count > self._max_pending):
-            entry = (count, self._loop.waiter())
-            self._room.append(entry)
-            try:
-                await entry[1].wait()
-            except BaseException:
-                if entry in self._room:
-                    self._room.remove(entry)
-                self._admit_waiting()
-                raise
+        if not self._room and self._has_room(count):
+            self._size += count
+            return
+        turn = (count, self._loop.waiter())
+        self._room.append(turn)
+        try:
+            await turn[1].wait()
             self._check()
-            queued = False
+        except BaseException:
+            if turn in self._room:
+                self._room.remove(turn)
+            else:
+                self._size -= count
+            self._admit_waiting()
+            raise
+
+    def _has_room(self, count: int) -> bool:
+        return not self._size or self._size + count <= self._max_pending
 
     # -------------------------------------------------------------- in the thread
 
@@ -333,13 +342,11 @@ class Journal:
         ticket.decided()
 
     def _admit_waiting(self) -> None:
-        room = self._max_pending - self._size
-        while self._room and (room >= self._room[0][0] or not self._size):
+        # The room is theirs from here on: a caller who comes before they run must not take it, or a large group never has its turn.
+        while self._room and self._has_room(self._room[0][0]):
             count, waiter = self._room.popleft()
-            room -= count
+            self._size += count
             waiter.set()
-            if room <= 0:
-                break
 
 
 def _again(error: EventBusError, records: Sequence[Record]) -> EventBusError:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 
 from eventbus._retry import next_delay
-from eventbus.errors import IdempotencyConflict, Reject, UndecodableEvent
+from eventbus.errors import IdempotencyConflict, Reject
 from eventbus.hooks import AttemptFailed, LaneBlocked, Moment
 from eventbus.stores.base import Death, LaneState, Record, Refusal, Unit
 from eventbus.stores.base import Source as SourceName
@@ -141,6 +141,9 @@ class LogSource(Source, Protocol):
     def clear_to(self, position: int) -> bool:
         """Whether everything up to a position is settled, and the store knows it."""
 
+    def has_settled(self, record: Record) -> bool:
+        """Whether this event of the lane is settled, and the store knows it."""
+
     def confirmed(self, unit: Unit) -> None:
         """A unit of this lane has been committed."""
 
@@ -156,18 +159,21 @@ class Holder(Protocol):
     """The subscription that a lane belongs to.
 
     Attributes:
-        paused: the reason, or None. halted: outcomes cannot be written for now.
+        paused: the reason, or None.
         rewinding: its lanes are being set back, so their units may be refused.
         stuck: threads that have outlived their timeout. workers: how many serve it. delayed: lanes that wait for one of them.
     """
 
     options: Subscription
     paused: str | None
-    halted: bool
     rewinding: bool
     stuck: int
     workers: int
     delayed: list[Lane]
+
+    @property
+    def halted(self) -> bool:
+        """Outcomes cannot be written for now."""
 
     def pause(self, reason: str) -> None:
         """Stop giving out deliveries; the lane has stored the reason."""
@@ -202,6 +208,7 @@ class Environment:
     schedule: Callable[[Lane], object]
     notify: Callable[[Moment], object]
     cascades: list[Cascade] = attrs.field(factory=list)
+    scheduled: Callable[[float], object] = lambda _due_at: None
 
     async def sleep(self, seconds: float) -> None:
         """Sleep by the clock that was given."""
@@ -246,8 +253,9 @@ class Lane:
         self._serial = 0  # deliveries settled
         self._confirmed = 0  # … of which the store knows
         self._dirty = False
+        self._newest = 0  # position of the delivery that was settled last
         self._stored = state.checkpoint
-        self._waiters: list[tuple[int, Waiter]] = []
+        self._waiters: list[tuple[Callable[[], bool], Waiter]] = []
 
     def begin(self, log: LogSource, *others: Source) -> None:
         """Give the lane its sources."""
@@ -332,7 +340,7 @@ class Lane:
 
     def _failure(self, attempt: Attempt, outcome: Failed) -> Failure:
         error, delay = outcome.error, None
-        final = outcome.final or isinstance(error, (Reject, UndecodableEvent))
+        final = outcome.final or isinstance(error, Reject)
         if not final:
             delay = next_delay(self.holder.options.retry, attempt.number, error, self.environment.random)
         options, record = self.holder.options, attempt.record
@@ -355,15 +363,17 @@ class Lane:
 
     # -------------------------------------------------------------- towards the journal
 
-    def settled(self) -> None:
-        """A delivery is settled by the checkpoint alone; it is written with the next `flush`."""
+    def settled(self, position: int) -> None:
+        """A delivery is settled by the checkpoint, or `done`, alone; it is written with the next `flush`."""
         self._serial += 1
+        self._newest = position
         self._dirty = True
 
     def flush(self) -> None:
-        """Hand the checkpoint to the journal, if it has moved."""
+        """Hand the checkpoint and what is done above it to the journal, if they have changed."""
         if self._dirty:
-            self.send("log", self.log.checkpoint, counts=False)
+            # The checkpoint need not have moved: the unit is that of a delivery that the store does not know as settled.
+            self.send("log", self._newest, counts=False)
 
     def send(self, source: SourceName, position: int, *, counts: bool = True, **parts: object) -> Unit:
         """Hand a unit to the journal, and return it. `counts`: it settles a delivery of its own."""
@@ -388,6 +398,8 @@ class Lane:
     def confirmed(self, unit: Unit, serial: int, refusal: Refusal | None, *, conflict: bool) -> None:
         """The journal has written a unit, or left it out."""
         self._confirmed = serial
+        if refusal is None:
+            self._tell_scheduled(unit.published)
         if conflict:
             _log.error("%s: an event it published has an idempotency key of other content: dead-lettered", unit.subscription)
         if refusal == "fenced":
@@ -406,6 +418,11 @@ class Lane:
             self.holder.redriven(unit.dead_letter)
         self.wake()
 
+    def _tell_scheduled(self, published: Sequence[Record]) -> None:
+        for record in published:
+            if record.due_at is not None:
+                self.environment.scheduled(record.due_at)
+
     # -------------------------------------------------------------- for those who wait
 
     @property
@@ -421,6 +438,10 @@ class Lane:
         """Whether everything of this lane up to a position is settled, and the store knows it."""
         return self.log.clear_to(position)
 
+    def has_settled(self, record: Record) -> bool:
+        """Whether this event of the lane is settled, and the store knows it."""
+        return self.log.has_settled(record)
+
     def hindrance(self) -> str | None:
         """Why this lane gives nothing out for now, if so."""
         if self.holder.paused is not None:
@@ -431,12 +452,19 @@ class Lane:
 
     async def wait_clear(self, position: int) -> str | None:
         """Wait until everything up to a position is settled; returns None then, or at once why that will not come."""
-        while not self.clear_to(position):
+        return await self._wait_until(lambda: self.clear_to(position))
+
+    async def wait_settled(self, record: Record) -> str | None:
+        """Wait until this event is settled, whatever else waits; returns None then, or at once why that will not come."""
+        return await self._wait_until(lambda: self.has_settled(record))
+
+    async def _wait_until(self, reached: Callable[[], bool]) -> str | None:
+        while not reached():
             reason = self.hindrance()
             if reason is not None:
                 return reason
             waiter = self.environment.loop.waiter()
-            entry = (position, waiter)
+            entry = (reached, waiter)
             self._waiters.append(entry)
             self.environment.journal.flush()
             try:
@@ -454,7 +482,7 @@ class Lane:
     def _tell_waiters(self) -> None:
         stuck = self.hindrance() is not None
         for entry in list(self._waiters):
-            if stuck or self.clear_to(entry[0]):
+            if stuck or entry[0]():
                 self._waiters.remove(entry)
                 entry[1].set()
         if self._waiters:
@@ -465,8 +493,11 @@ class Lane:
     def restart(self, state: LaneState, log: LogSource, *others: Source) -> None:
         """Go on from another checkpoint, in another epoch. What is under way does not count; redrives and replays stay."""
         kept = [source for source in self.sources if source.beside]
-        self.epoch, self._stored, self._dirty = state.epoch, state.checkpoint, False
+        self.epoch, self._stored = state.epoch, state.checkpoint
         self.begin(log, *others, *kept)
+        if self._dirty:
+            # What was settled and not sent counts no more; a unit that changes nothing brings the serials together again.
+            self.send("log", log.checkpoint, counts=False)
 
     def close(self) -> None:
         """Give out nothing any more."""
@@ -559,7 +590,7 @@ class StrictSource:
                 "log", attempt.record.position, published=tuple(published), conflict=conflict_of(attempt, published, now)
             )
         else:
-            self._lane.settled()
+            self._lane.settled(attempt.record.position)
 
     def failed(self, failure: Failure) -> None:
         """The lane waits, or the event is given up."""
@@ -605,6 +636,10 @@ class StrictSource:
         opened = [record.position for record in self._current]
         opened += [p for p in (self.intake.first(), self._next and self._next.position) if p is not None]
         return min(opened, default=position + 1) > position
+
+    def has_settled(self, record: Record) -> bool:
+        """Whether this event is settled, and the store knows it."""
+        return self._lane.stored >= record.position
 
     def confirmed(self, unit: Unit) -> None:
         """Nothing to do: the lane knows the stored checkpoint."""

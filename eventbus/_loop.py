@@ -100,7 +100,9 @@ class _AsyncioWaiter:
 class _Asyncio:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self.post = loop.call_soon_threadsafe
+
+    def post(self, function: Callable[..., object], *args: object) -> None:
+        self._loop.call_soon_threadsafe(function, *args)
 
     def waiter(self) -> _AsyncioWaiter:
         return _AsyncioWaiter(self._loop)

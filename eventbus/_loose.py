@@ -78,6 +78,8 @@ class LooseSource:
         self._settled_before = set(state.done)
         self._window: deque[int] = deque()  # positions given out above the checkpoint, in order
         self._settled: set[int] = set()  # … those of them that are settled, or have a row
+        self._back: list[tuple[int, Record]] = []  # … those of them that were given back, as a heap
+        self._stored_done: tuple[int, ...] = ()
         self.held: HeldSource  # set right after
 
     @property
@@ -100,20 +102,28 @@ class LooseSource:
 
     def take(self) -> Attempt | None:
         """The next event whose key is not held."""
-        if len(self._window) >= WINDOW:
+        if not self._back and len(self._window) >= WINDOW:
             self._give_row_to_first()
-        while len(self.held) < HELD and (record := self.intake.pop()) is not None:
+        while len(self.held) < HELD and (record := self._pop()) is not None:
             position = record.position
-            self._window.append(position)
             if position in self._settled_before:
                 self._settled_before.discard(position)
                 self._settle(position)
             elif self.held.passes(self.hold_of(record), position):
                 self._settle(position)
-                self._lane.settled()
+                self._lane.settled(position)
             else:
                 return Attempt(self._lane, self, record, 1)
         return None
+
+    def _pop(self) -> Record | None:
+        """The next event that is not given out; from then on it is in the window."""
+        if self._back:
+            return heapq.heappop(self._back)[1]
+        record = self.intake.pop()
+        if record is not None:
+            self._window.append(record.position)
+        return record
 
     def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
         """It is settled; the checkpoint moves if it was the first."""
@@ -127,7 +137,7 @@ class LooseSource:
                 "log", attempt.record.position, published=tuple(published), conflict=conflict_of(attempt, published, now)
             )
         else:
-            self._lane.settled()
+            self._lane.settled(attempt.record.position)
 
     def failed(self, failure: Failure) -> None:
         """It gets a row, or is given up."""
@@ -145,11 +155,10 @@ class LooseSource:
         self.held.wait(held, failure, "log")
 
     def given_back(self, attempt: Attempt) -> None:
-        """It is next again."""
+        """It is next again. It stays in the window: later ones may be settled, and the checkpoint must not pass it."""
         position = attempt.record.position
         if not self.held.has_row(position):
-            self._window.remove(position)
-            self.intake.put_back(attempt.record)
+            heapq.heappush(self._back, (position, attempt.record))
 
     def retry_now(self) -> None:
         """What waits is due, at attempt 1."""
@@ -166,8 +175,16 @@ class LooseSource:
         first = self._window[0] if self._window else self.intake.first()
         return first is None or first > position
 
+    def has_settled(self, record: Record) -> bool:
+        """Whether this event is settled, and the store knows it."""
+        position = record.position
+        if self.held.holds(self.hold_of(record), position):
+            return False
+        return self._lane.stored >= position or position in self._stored_done
+
     def confirmed(self, unit: Unit) -> None:
         """A unit of this lane has been committed."""
+        self._stored_done = unit.done
         self.held.confirmed(unit)
 
     def _settle(self, position: int) -> None:
@@ -198,7 +215,7 @@ class HeldSource:
         self._due: list[tuple[float, int, Held]] = []  # monotonic
         self._tie = itertools.count()
         self._active: list[Held] = []
-        self._unconfirmed: deque[Unit] = deque()
+        self._unconfirmed: deque[tuple[Hold, Unit]] = deque()  # units that remove a row
 
     def __len__(self) -> int:
         return len(self._held)
@@ -224,17 +241,24 @@ class HeldSource:
         """Whether a single event, given out by the log, has got a row meanwhile."""
         return position in self._held
 
+    def holds(self, hold: Hold, position: int) -> bool:
+        """Whether this event waits in a row, by itself or behind its key, as far as the store knows."""
+        held = self._held.get(hold) or self._held.get(position)
+        if held is not None and held.row <= position:
+            return True
+        return any(unit.row is not None and unit.row <= position for of, unit in self._unconfirmed if of in (hold, position))
+
     def holds_to(self, position: int) -> bool:
         """Whether something up to a position is held."""
         return any(held.row <= position for held in self._held.values())
 
     def unconfirmed_to(self, position: int) -> bool:
         """Whether the removal of a row up to a position is not in the store yet."""
-        return any(unit.row is not None and unit.row <= position for unit in self._unconfirmed)
+        return any(unit.row is not None and unit.row <= position for _, unit in self._unconfirmed)
 
     def confirmed(self, unit: Unit) -> None:
         """A unit of this lane has been committed."""
-        if self._unconfirmed and self._unconfirmed[0] is unit:
+        if self._unconfirmed and self._unconfirmed[0][1] is unit:
             self._unconfirmed.popleft()
 
     # -------------------------------------------------------------- a source
@@ -297,7 +321,7 @@ class HeldSource:
         if source == "log":
             lane.send("log", held.row, rows=(waiting,), pause=pause)
         else:
-            self._send(row, held.row, rows=(waiting,), pause=pause)
+            self._send(held, row, held.row, rows=(waiting,), pause=pause)
         if pause is not None:
             lane.holder.pause(pause)
 
@@ -323,16 +347,16 @@ class HeldSource:
         if held.backlog:
             held.row = held.backlog[0].position
             now = self._lane.environment.clock.time()
-            self._send(row, attempt.record.position, rows=(Waiting(held.row, held.key, 0, now),), **parts)
+            self._send(held, row, attempt.record.position, rows=(Waiting(held.row, held.key, 0, now),), **parts)
         else:
             del self._held[held.hold]
             if held in self._active:
                 self._active.remove(held)
-            self._send(row, attempt.record.position, **parts)
+            self._send(held, row, attempt.record.position, **parts)
 
-    def _send(self, row: int | None, position: int, **parts: object) -> None:
+    def _send(self, held: Held, row: int | None, position: int, **parts: object) -> None:
         self._lane.flush()
-        self._unconfirmed.append(self._lane.send("row", position, row=row, **parts))
+        self._unconfirmed.append((held.hold, self._lane.send("row", position, row=row, **parts)))
 
     def _rest(self, held: Held) -> None:
         if held in self._active:
@@ -370,7 +394,7 @@ class HeldSource:
         reader.ask_then(query, lambda answer: self._on_read(held, up_to, answer))
 
     def _on_read(self, held: Held, up_to: int, answer: Page | tuple[Record, ...] | BaseException) -> None:
-        if not held.active or self._lane.closed:
+        if not held.active or self._lane.closed or self not in self._lane.sources:
             return
         if isinstance(answer, BaseException):
             _log.error("waiting deliveries could not be read, trying again: %s", answer)
@@ -389,4 +413,4 @@ class HeldSource:
         _log.warning("%s: the event at %d is gone from the log", self._lane.holder.options.name, held.row)
         del self._held[held.hold]
         self._rest(held)
-        self._send(held.row, held.row)
+        self._send(held, held.row, held.row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from eventbus.errors import BusNotOpen
 
@@ -66,4 +66,4 @@ class Reader:
         await waiter.wait()
         if isinstance(answers[0], BaseException):
             raise answers[0]
-        return cast("T", answers[0])
+        return answers[0]

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING
 import attrs
 
 from eventbus._dispatch import Dispatcher, Serving
+from eventbus.errors import EventBusError
 from eventbus.stores.base import (
     Beat,
     Claim,
     Instance,
+    LaneState,
     Register,
     Registration,
     Subscriptions,
     Types,
     WaitingRows,
+    since_of,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from eventbus._subscription import Subscription
 
 _log = logging.getLogger("eventbus")
+
+_AGAIN = 0.5
+"""Seconds after which a lane that could not be claimed is claimed again."""
 
 
 @attrs.frozen
@@ -94,13 +100,29 @@ def _catch_up(serving: Serving, last: Mapping[str, int], head: int) -> None:
                 intake.live = True
 
 
-async def claim_lane(dispatcher: Dispatcher, journal: Journal, instance: Instance, serving: Serving, type: str) -> None:
-    """A type has come up that a subscription wants and has no lane for yet."""
-    for lane, start in serving.lanes_wanted([type]):
-        if lane not in serving.lanes:
-            (state,) = await journal.command(Claim(instance.id, ((serving.options.name, lane, start),)))
-            if lane not in serving.lanes:
-                dispatcher.add_lane(serving, state).log.intake.feed.read()
+def claim_lane(dispatcher: Dispatcher, journal: Journal, instance: Instance, serving: Serving, type: str) -> None:
+    """A type has come up that a subscription in order "type" wants and has no lane for yet; its events wait in the log."""
+    if type in serving.claiming or type in serving.lanes:
+        return
+    serving.claiming.add(type)
+
+    def again() -> None:
+        claim_lane(dispatcher, journal, instance, serving, type)
+
+    def claimed(result: tuple[LaneState, ...] | Exception) -> None:
+        serving.claiming.discard(type)
+        if isinstance(result, Exception):
+            _log.error("%s: the lane %r could not be claimed, trying again: %s", serving.options.name, type, result)
+            dispatcher.environment.timers.after(_AGAIN, again)
+        elif serving.options.name in dispatcher.servings and not dispatcher.closing:
+            dispatcher.add_lane(serving, result[0]).log.intake.feed.read()
+        dispatcher.lanes_changed()
+
+    try:
+        journal.submit(Claim(instance.id, ((serving.options.name, type, since_of(serving.since, type) or 0),)), claimed)
+    except EventBusError:  # the bus is closing, or the journal has stopped
+        serving.claiming.discard(type)
+        dispatcher.lanes_changed()
 
 
 async def note_others(dispatcher: Dispatcher, reader: Reader, registered: Collection[str]) -> None:

@@ -1,7 +1,7 @@
 """History again: `replay`, `rewind` and `history`.
 
-publish → journal → store → *lanes* → workers → outcome. All three read pages of the log. A replay hands what it reads to the lanes
-of the subscriptions, beside their live events; a rewind only sets checkpoints back, and the lanes read by themselves.
+publish → journal → store → *lanes* → workers → outcome. All three read pages of the log. A replay hands what it reads to the
+lanes of the subscriptions, beside their live events; a rewind only sets checkpoints back, and the lanes read by themselves.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class Replay:
         await self._advance()
 
     def _hand_over(self, lane: Lane, record: Record, portion: _Portion) -> None:
-        def ended(acked: bool) -> None:  # noqa: FBT001  # SideSource calls it so
+        def ended(acked: bool) -> None:
             portion.open -= 1
             handled, dead = self._summary.handled + acked, self._summary.dead + (not acked)
             self._summary = attrs.evolve(self._summary, handled=handled, dead=dead)

@@ -95,6 +95,7 @@ class Running:
         self.dispatcher = Dispatcher(self.environment, self.decoder, self.encoder, Budget(WAITING_BYTES))
         self.pool = Pool(self.environment, settings.workers, "eventbus", copy_context())
         self.upkeep = Upkeep(self.dispatcher, self.journal, self.reader, self.instance, settings.keeping)
+        self.environment.scheduled = self.upkeep.scheduled
         self.status = Status(self.dispatcher, self.journal, self.reader)
         self.waiting = Waiting(self.dispatcher, self.reader, self.status)
         self.history = History(self.reader)
@@ -212,7 +213,7 @@ class Running:
     # -------------------------------------------------------------- what changes while it runs
 
     def _on_new_lane(self, serving: Serving, type: str) -> None:
-        self._group.start_soon(claim_lane, self.dispatcher, self.journal, self.instance, serving, type)
+        claim_lane(self.dispatcher, self.journal, self.instance, serving, type)
 
     def _on_new_type(self, kind: EventType) -> None:
         """A class is published that may belong to subscriptions to a base class of it, from any thread."""

@@ -117,7 +117,7 @@ class SideSource:
         self._items.appendleft(self._item(attempt))
 
     def _item(self, attempt: Attempt) -> Item:
-        assert isinstance(attempt.item, Item)  # noqa: S101  # this source made it
+        assert isinstance(attempt.item, Item)
         return attempt.item
 
     def _send(self, item: Item, *, counts: bool = True, **parts: object) -> None:

@@ -61,6 +61,7 @@ class Crossing:
 
     def __init__(self, lane: Lane, attempts: Sequence[Attempt], clock: Clock, loop: Loop, context: Context) -> None:
         self._lane = lane
+        self._epoch = lane.epoch
         self._attempts = deque(attempts)
         self._clock = clock
         self._loop = loop
@@ -92,11 +93,16 @@ class Crossing:
     def _next(self, end: float) -> Attempt | None:
         now = self._clock.monotonic()
         with self._lock:
-            if self._abandoned or not self._attempts or (self._current is not None and now >= end):
+            if self._abandoned or not self._attempts or (self._current is not None and (now >= end or self._must_wait())):
                 return None
             self._current = self._attempts.popleft()
             self.started = now
             return self._current
+
+    def _must_wait(self) -> bool:
+        """Whether the lane has been paused, halted or rewound since the crossing began."""
+        lane = self._lane
+        return lane.holder.paused is not None or lane.holder.halted or lane.epoch != self._epoch
 
     def _post(self, function: Callable[[], object]) -> None:
         try:

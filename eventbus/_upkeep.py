@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from eventbus.errors import EventBusError
+from eventbus.errors import BusNotOpen, EventBusError
 from eventbus.stores.base import Beat, Instance, NextDue, Promote, Prune
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class Upkeep:
                     self._due = math.inf if due is None else due
                 # At most a minute, so that a jump of the wall clock is noticed.
                 delay = min(60.0, self._due - self._environment.clock.time())
+            except BusNotOpen:
+                return
             except EventBusError as error:
                 _log.error("scheduled events could not be delivered, trying again: %s", error)
                 delay = _RETRY
@@ -85,6 +87,8 @@ class Upkeep:
             await self._environment.sleep(self._keeping.prune_every)
             try:
                 await self.prune()
+            except BusNotOpen:
+                return
             except EventBusError as error:
                 _log.error("retention could not be applied, trying again later: %s", error)
 
@@ -107,6 +111,8 @@ class Upkeep:
             await self._environment.sleep(self._keeping.beat_every)
             try:
                 await self._journal.command(Beat(self._instance))
+            except BusNotOpen:
+                return
             except EventBusError as error:
                 _log.error("this instance could not show that it is alive, trying again: %s", error)
 

@@ -45,14 +45,15 @@ class Waiting:
         if record is None or not record.position:
             record = await self._in_log(receipt.id)
         blocked = await self._blocked_elsewhere(record)
+        await self._dispatcher.all_lanes()
         lanes = self._dispatcher.lanes_of(record)
         for lane in lanes:
-            reason = self._deadlock(lane, record) or (None if lane.clear_to(record.position) else lane.hindrance())
+            reason = self._deadlock(lane, record) or (None if lane.has_settled(record) else lane.hindrance())
             if reason is not None:
                 blocked[lane.holder.options.name] = reason
         if not blocked:
             for lane in lanes:
-                reason = await lane.wait_clear(record.position)
+                reason = await lane.wait_settled(record)
                 if reason is not None:
                     blocked[lane.holder.options.name] = reason
                     break
@@ -117,6 +118,7 @@ class Waiting:
         return await self._left(last)
 
     async def _drain(self, head: int, cascade: Cascade) -> None:
+        await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
             for lane in list(serving.lanes.values()):
                 await self._clear(lane, head)
@@ -126,6 +128,7 @@ class Waiting:
         while found < len(cascade.found):
             record = cascade.found[found]
             found += 1
+            await self._dispatcher.all_lanes()
             for lane in self._dispatcher.lanes_of(record):
                 await self._clear(lane, record.position)
 

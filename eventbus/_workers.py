@@ -17,7 +17,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from eventbus._attempts import Running, Torn, timed_out
+from eventbus._attempts import Running, Torn, failed, timed_out
 from eventbus._lanes import RELEASED, Attempt, Environment, Failed, Lane, Outcome
 from eventbus._threads import Crossing, Threads
 from eventbus.hooks import HandlerStuck
@@ -51,13 +51,26 @@ class Pool:
         self._ready: deque[Lane] = deque()
         self._idle: list[_Task] = []
         self._tasks: set[_Task] = set()
-        self._group: TaskGroup | None = None
+        self._hired: list[_Task] = []  # to be started
+        self._hiring: Waiter | None = None
         self._watched_until = math.inf
         self._gone: Waiter | None = None
 
     def start(self, group: TaskGroup) -> None:
         """Workers may be started from now on."""
-        self._group = group
+        group.start_soon(self._hire, group)
+
+    async def _hire(self, group: TaskGroup) -> None:
+        """Start workers. Lanes are woken by callbacks of the loop, which belong to no task and so may start none."""
+        with anyio.CancelScope(shield=True):
+            while True:
+                self._hiring = self.environment.loop.waiter()
+                hired, self._hired = self._hired, []
+                for task in hired:
+                    group.start_soon(task.run)
+                if self.stopping:
+                    return
+                await self._hiring.wait()
 
     def schedule(self, lane: Lane) -> None:
         """A lane may have something to do."""
@@ -67,10 +80,12 @@ class Pool:
         self._ready.append(lane)
         if self._idle:
             self._idle.pop().wake()
-        elif len(self._tasks) < self._limit and self._group is not None:
+        elif len(self._tasks) < self._limit:
             task = _Task(self)
             self._tasks.add(task)
-            self._group.start_soon(task.run)
+            self._hired.append(task)
+            if self._hiring is not None:
+                self._hiring.set()
 
     def next_lane(self) -> Lane | None:
         """The lane that is ready longest and whose subscription does not hold its share of the workers already."""
@@ -113,6 +128,8 @@ class Pool:
         """Let running attempts finish for `timeout` seconds, then cancel them and release what is left."""
         self.stopping = True
         self._gone = self.environment.loop.waiter()
+        if self._hiring is not None:
+            self._hiring.set()
         for task in list(self._tasks):
             task.let_finish()
         if not self._tasks:
@@ -263,7 +280,7 @@ class _Task:
             late = timed_out(attempt)
             late.__cause__ = error
             return Failed(late)
-        return RELEASED if cancelled and not isinstance(error, (SystemExit, KeyboardInterrupt)) else Failed(error)
+        return RELEASED if cancelled and not isinstance(error, (SystemExit, KeyboardInterrupt)) else failed(attempt, error)
 
     async def _cross(self, lane: Lane, attempt: Attempt) -> None:
         """Run a plain handler's attempts in a thread."""

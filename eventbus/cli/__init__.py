@@ -1,0 +1,1 @@
+"""The commands of `python -m eventbus`. Nothing of the library imports them."""

@@ -18,7 +18,7 @@ from eventbus.errors import EventBusError, InvalidSubscription, UnknownSubscript
 from eventbus.stores._sqlite_commit import HEAD, insert_events
 from eventbus.stores._sqlite_prune import prune
 from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, position_before, subscriptions, waiting_rows
-from eventbus.stores._sqlite_rows import EventRow, chunks, event_json, one, record_of, to_micros, values_text
+from eventbus.stores._sqlite_rows import EventRow, event_json, execute_rows, one, record_of, to_micros
 from eventbus.stores._sqlite_units import write_lanes
 from eventbus.stores.base import (
     Beat,
@@ -163,7 +163,9 @@ class Commands:
 
     def claim(self, command: Claim) -> tuple[LaneState, ...]:
         """See `Claim`."""
-        known = {(state.subscription, state.lane): state for state in lanes(self._connection, None)}
+        names = {subscription for subscription, _, _ in command.lanes}
+        states = [state for name in names for state in lanes(self._connection, name)]
+        known = {(state.subscription, state.lane): state for state in states}
         claimed = []
         for subscription, lane, start in command.lanes:
             state = known.get((subscription, lane)) or LaneState(subscription, lane, 0, start)
@@ -214,8 +216,7 @@ class Commands:
         head = (
             "UPDATE idempotency SET position = (SELECT e.position FROM events e WHERE e.id = idempotency.event_id) WHERE key IN ("
         )
-        for some in chunks(keys) if keys else ():
-            self._connection.execute(values_text(head, 1, len(some), ")"), list(some))
+        execute_rows(self._connection, head, [(key,) for key in keys], ")")
 
     def _due(self, command: Promote) -> list[tuple[Record, int]]:
         text = (
@@ -314,7 +315,7 @@ def _first_unsettled(connection: Connection, subscribed: Subscribed, head: int) 
         return rows[0].waiting.position
     states = {state.lane: state for state in lanes(connection, subscribed.name)}
     starts = list(subscribed.since.values())
-    begin = min(starts, default=head) if not states else min(min(s.checkpoint for s in states.values()), *starts)
+    begin = min(starts, default=head) if not states else min(*(s.checkpoint for s in states.values()), *starts)
     lane_and_since = functools.partial(lane_name, subscribed.order, subscribed.concurrency)
     text = (
         "SELECT CAST(json_group_array(json_array(position, type, slot)) AS BLOB) FROM ("

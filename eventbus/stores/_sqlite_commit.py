@@ -1,7 +1,7 @@
 """One transaction of the SQLite store, inside its BEGIN IMMEDIATE: look, decide, write.
 
 publish → journal → *store* → lanes → workers → outcome. In comes a batch; one SELECT brings all that has to be known to decide
-it, as one row; what is decided in Python goes out in few statements of exactly n rows. Each statement that a thread of ours
+it, as one row; what is decided in Python goes out in few statements of many rows. Each statement that a thread of ours
 runs may cost 5 ms of waiting for the GIL beside a busy event loop: so their number does not depend on the size of the batch
 (up to 512 events), and what has nothing to do is left out.
 """
@@ -12,29 +12,28 @@ import functools
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import attrs
 import msgspec
 
 from eventbus.errors import IdempotencyConflict
 from eventbus.stores._sqlite_rows import (
-    EVENT_WIDTH,
     INSERT_EVENTS,
     INSERT_SCHEDULED,
     LANE_JSON,
-    SCHEDULED_WIDTH,
     LaneRow,
     Value,
-    chunks,
     decode,
     event_values,
+    execute_rows,
     lane_of,
     to_micros,
-    values_text,
 )
 from eventbus.stores.base import Batch, LaneState, Record, Stored
 
 LaneKey = tuple[str, str]
+T = TypeVar("T")
 
 HEAD = "coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)"
 """The log's last position, also when all was removed: AUTOINCREMENT remembers it."""
@@ -121,14 +120,16 @@ def _look_text(keys: int, lanes: int, rows: int, letters: int) -> str:
     parts = [HEAD]
     row_of_key = "json_array(key, event_id, position, hex(digest))"
     parts.append(_collected(row_of_key, f"idempotency WHERE key IN ({', '.join('?' * keys)})", keys))
-    pairs = ", ".join(["(?, ?)"] * lanes)
-    parts.append(_collected(LANE_JSON, f"lanes WHERE (subscription, lane) IN (VALUES {pairs})", lanes))
-    pairs = ", ".join(["(?, ?)"] * rows)
-    parts.append(
-        _collected("json_array(subscription, position)", f"deliveries WHERE (subscription, position) IN (VALUES {pairs})", rows)
-    )
+    parts.append(_collected(LANE_JSON, _joined("lanes", "lane", lanes), lanes))
+    parts.append(_collected("json_array(subscription, position)", _joined("deliveries", "position", rows), rows))
     parts.append(_collected("id", f"dead_letters WHERE redriving AND id IN ({', '.join('?' * letters)})", letters))
     return f"SELECT {', '.join(parts)}"
+
+
+def _joined(table: str, column: str, wanted: int) -> str:
+    """The rows for pairs of values; a CROSS JOIN, since for `(a, b) IN (VALUES …)` SQLite may scan the table."""
+    pairs = ", ".join(["(?, ?)"] * wanted)
+    return f"(VALUES {pairs}) wanted CROSS JOIN {table} ON subscription = wanted.column1 AND {column} = wanted.column2"
 
 
 def _collected(json: str, source: str, wanted: int) -> str:
@@ -212,39 +213,44 @@ class Entering:
     def write(self, connection: sqlite3.Connection, now: float) -> None:
         """Insert it all."""
         insert_events(connection, self.events)
-        for records in chunks(self.scheduled) if self.scheduled else ():
-            insert_scheduled(connection, records)
+        insert_scheduled(connection, self.scheduled)
         if self._new_keys:
-            self._write_keys(connection, now)
-
-    def _write_keys(self, connection: sqlite3.Connection, now: float) -> None:
-        time = to_micros(now)
-        for keys in chunks(list(self._new_keys)):
-            values: list[Value] = []
-            for key in keys:
-                known = self._keys[key]
-                values += (key, known.event_id, known.position, bytes.fromhex(known.digest), time)
-            head = "INSERT INTO idempotency (key, event_id, position, digest, time)"
-            connection.execute(values_text(head, 5, len(keys)), values)
+            time = to_micros(now)
+            known = [(key, self._keys[key]) for key in self._new_keys]
+            rows = [(key, k.event_id, k.position, bytes.fromhex(k.digest), time) for key, k in known]
+            execute_rows(connection, "INSERT INTO idempotency (key, event_id, position, digest, time)", rows)
 
 
 def insert_events(connection: sqlite3.Connection, events: Sequence[tuple[Record, int]]) -> None:
     """Write events at the positions given with them."""
-    if not events:
-        return
-    for some in chunks(events):
-        values: list[Value] = []
-        for record, position in some:
-            values += (position, record.id)
-            values += event_values(record, position)
-        connection.execute(values_text(INSERT_EVENTS, EVENT_WIDTH, len(some)), values)
+    for some in _by_bytes(events, [len(record.data) for record, _ in events]):
+        rows = [(position, record.id, *event_values(record, position)) for record, position in some]
+        execute_rows(connection, INSERT_EVENTS, rows)
 
 
 def insert_scheduled(connection: sqlite3.Connection, records: Sequence[Record]) -> None:
     """Write events that wait for their time."""
-    values: list[Value] = []
-    for record in records:
-        due_at = record.due_at = to_micros(record.due_at or 0.0)
-        values += (record.id, due_at, record.idempotency_key)
-        values += event_values(record, 0)
-    connection.execute(values_text(INSERT_SCHEDULED, SCHEDULED_WIDTH, len(records)), values)
+    for some in _by_bytes(records, [len(record.data) for record in records]):
+        rows: list[tuple[Value, ...]] = []
+        for record in some:
+            due_at = record.due_at = to_micros(record.due_at or 0.0)
+            rows.append((record.id, due_at, record.idempotency_key, *event_values(record, 0)))
+        execute_rows(connection, INSERT_SCHEDULED, rows)
+
+
+def _by_bytes(items: Sequence[T], sizes: Sequence[int]) -> Iterable[Sequence[T]]:
+    """Pieces of little data: a statement keeps what was bound to it last."""
+    if sum(sizes) <= _STATEMENT_BYTES:
+        return [items] if items else []
+    pieces: list[list[T]] = [[]]
+    room = _STATEMENT_BYTES
+    for item, size in zip(items, sizes, strict=True):
+        if size > room and pieces[-1]:
+            pieces.append([])
+            room = _STATEMENT_BYTES
+        pieces[-1].append(item)
+        room -= size
+    return pieces
+
+
+_STATEMENT_BYTES = 4 * 1_048_576

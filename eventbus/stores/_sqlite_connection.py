@@ -28,8 +28,8 @@ BUSY_TIMEOUT = 5_000
 JOURNAL_SIZE_LIMIT = 16 * 1_048_576
 """Bytes the WAL file may keep on disk after it has grown for a reader that stayed open."""
 
-STATEMENTS = 1_024
-"""Prepared statements that a connection keeps: an INSERT has one text for each number of rows."""
+STATEMENTS = 512
+"""Prepared statements that a connection keeps: an INSERT has a text for each of some 50 numbers of rows."""
 
 
 def check_library() -> None:

@@ -29,6 +29,7 @@ except ImportError:  # no flock there
     fcntl = None  # type: ignore[assignment]
 
 MOUNTINFO = "/proc/self/mountinfo"
+_MOUNT_POINT = 4  # which of its fields says where
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
@@ -102,9 +103,9 @@ def file_system_of(path: str) -> str | None:
     for line in lines:
         left, _, right = line.partition(" - ")
         fields = left.split(" ")
-        if len(fields) < 5 or not right:
+        if len(fields) <= _MOUNT_POINT or not right:
             continue
-        mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4])
+        mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[_MOUNT_POINT])
         inside = path == mount or path.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= len(best):  # of several on one place the last one counts
             best, kind = mount, right.split(" ", 1)[0]

@@ -186,7 +186,7 @@ _FOUND = msgspec.json.Decoder(list[tuple[EventRow, int | None, str | None] | Non
 # ------------------------------------------------------------------ about the log
 
 
-def _types(connection: Connection, query: Types) -> Mapping[str, int]:
+def _types(connection: Connection) -> Mapping[str, int]:
     # A skip-scan: one look into the index per type, however long the log is.
     text = (
         "WITH RECURSIVE t(type) AS (SELECT min(type) FROM events INDEXED BY events_type "
@@ -213,7 +213,7 @@ def position_before(connection: Connection, time: float) -> int:
     return int(position)
 
 
-def _log_state(connection: Connection, query: LogState) -> Retained:
+def _log_state(connection: Connection) -> Retained:
     text = (
         f"SELECT {HEAD}, pruned_to, pruned_time, (SELECT count(*) FROM (SELECT 1 FROM events LIMIT {_EXACT_COUNT + 1})) "
         "FROM log_state"
@@ -256,7 +256,7 @@ def _lag_text(ranges: int, by_slot: bool, filtered: bool) -> str:
             f"SELECT position FROM (SELECT position FROM events INDEXED BY events_type WHERE type = :type{i} AND {between} {end})"
             for i in range(ranges)
         )
-        source = f"{' UNION ALL '.join(each)} LIMIT :limit"
+        source = f"{' UNION ALL '.join(each)} {end}"
     return (
         f"WITH found AS MATERIALIZED ({source}) SELECT (SELECT count(*) FROM found), "
         "(SELECT time FROM events WHERE position = (SELECT min(position) FROM found))"
@@ -331,7 +331,7 @@ def _dead_letters(connection: Connection, query: DeadLetters) -> tuple[DeadLette
     return tuple(sorted(found, key=lambda row: row.id))
 
 
-def _count_dead_letters(connection: Connection, query: CountDeadLetters) -> Mapping[str, int]:
+def _count_dead_letters(connection: Connection) -> Mapping[str, int]:
     text = (
         "SELECT CAST(json_group_array(json_array(subscription, n)) AS BLOB) "
         "FROM (SELECT subscription, count(*) AS n FROM dead_letters GROUP BY subscription)"
@@ -343,14 +343,14 @@ _ANSWERS: Mapping[type, Callable[[Connection, Any], object]] = {
     Events: _page,
     EventsAt: _events_at,
     Find: _find,
-    Types: _types,
+    Types: lambda connection, _: _types(connection),
     PositionBefore: lambda connection, query: position_before(connection, query.time),
-    LogState: _log_state,
+    LogState: lambda connection, _: _log_state(connection),
     NextDue: lambda connection, _: next_due(connection),
     Lag: _lag,
     Subscriptions: lambda connection, _: subscriptions(connection),
     Lanes: lambda connection, query: lanes(connection, query.subscription),
     WaitingRows: lambda connection, query: waiting_rows(connection, query.subscription),
     DeadLetters: _dead_letters,
-    CountDeadLetters: _count_dead_letters,
+    CountDeadLetters: lambda connection, _: _count_dead_letters(connection),
 }

@@ -143,7 +143,7 @@ _OURS = (
 
 def _migrations() -> Migrations:
     """Built where it is needed: importing sqlite-utils takes 0.2 s."""
-    from sqlite_utils import Migrations
+    from sqlite_utils import Migrations  # noqa: PLC0415
 
     migrations = Migrations("eventbus")
 
@@ -187,7 +187,7 @@ def migrate(connection: sqlite3.Connection, address: str) -> None:
         # Again, inside: another process may have been first.
         if version_of(connection, address) == VERSION:
             return
-        from sqlite_utils import Database
+        from sqlite_utils import Database  # noqa: PLC0415  # see `_migrations`
 
         # Inside our transaction its `atomic()` makes savepoints and commits nothing.
         _migrations().apply(Database(connection, recursive_triggers=False, execute_plugins=False))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from eventbus.errors import IdempotencyConflict
@@ -17,17 +17,14 @@ from eventbus.stores._sqlite_commit import Entering, Found, LaneKey
 from eventbus.stores._sqlite_rows import (
     COPIED_COLUMNS,
     KEEP_OWNER,
-    LANE_WIDTH,
     NEW_OWNER,
     ON_WAITING,
     UPSERT_LANES,
     UPSERT_WAITING,
-    WAITING_WIDTH,
     Value,
-    chunks,
+    execute_rows,
     lane_values,
     to_micros,
-    values_text,
     waiting_values,
 )
 from eventbus.stores.base import Death, LaneState, Refusal, Unit, Waiting
@@ -153,9 +150,9 @@ class Outcomes:
         if self.lanes:
             write_lanes(connection, list(self.lanes.values()))
         if self._gone:
-            _remove_rows(connection, list(self._gone))
+            _remove_rows(connection, self._gone)
         if self._waiting:
-            write_waiting(connection, [(key[0], *row) for key, row in self._waiting.items()])
+            _write_waiting(connection, self._waiting)
         # In order, since one dead letter may be deleted and come anew in one batch; what comes in a row is one statement.
         for kind, group in itertools.groupby(self._letters, key=lambda letter: letter[0]):
             _WRITE_LETTERS[kind](connection, [values for _, values in group])
@@ -167,32 +164,25 @@ class Outcomes:
 
 def write_lanes(connection: sqlite3.Connection, lanes: Sequence[LaneState], owner: str | None = None) -> None:
     """Write lanes; each keeps its owner, unless one is given."""
-    for some in chunks(lanes):
-        values: list[Value] = []
-        for state in some:
-            values += lane_values(state, owner)
-        connection.execute(values_text(UPSERT_LANES, LANE_WIDTH, len(some), KEEP_OWNER if owner is None else NEW_OWNER), values)
+    rows = [lane_values(state, owner) for state in lanes]
+    execute_rows(connection, UPSERT_LANES, rows, KEEP_OWNER if owner is None else NEW_OWNER)
 
 
-def write_waiting(connection: sqlite3.Connection, rows: Sequence[tuple[str, str, Waiting]]) -> None:
-    """Write waiting deliveries: (subscription, lane, waiting)."""
-    for some in chunks(rows):
-        values: list[Value] = []
-        for subscription, lane, waiting in some:
-            values += waiting_values(subscription, lane, waiting)
-        connection.execute(values_text(UPSERT_WAITING, WAITING_WIDTH, len(some), ON_WAITING), values)
+def _write_waiting(connection: sqlite3.Connection, rows: Mapping[tuple[str, int], tuple[str, Waiting]]) -> None:
+    values = [waiting_values(subscription, lane, waiting) for (subscription, _), (lane, waiting) in rows.items()]
+    execute_rows(connection, UPSERT_WAITING, values, ON_WAITING)
 
 
-def _remove_rows(connection: sqlite3.Connection, keys: Sequence[tuple[str, int]]) -> None:
-    head = "DELETE FROM deliveries WHERE (subscription, position) IN ("
-    for some in chunks(keys):
-        connection.execute(values_text(head, 2, len(some), ")"), [value for key in some for value in key])
+def _remove_rows(connection: sqlite3.Connection, keys: Iterable[tuple[str, int]]) -> None:
+    # By subscription: for `(subscription, position) IN (VALUES …)` SQLite scans the table.
+    head = "DELETE FROM deliveries WHERE subscription = ? AND position IN ("
+    for name, group in itertools.groupby(sorted(keys), key=lambda key: key[0]):
+        execute_rows(connection, head, [(position,) for _, position in group], ")", first=(name,))
 
 
 # ------------------------------------------------------------------ dead letters
 
 _DEATH = "error_type, error, traceback, attempts, first_failed_at, last_failed_at"
-_DEATH_WIDTH = 6
 
 _INSERT_DEAD = "WITH died (subscription, position, error_type, error, traceback, attempts, first_failed_at, last_failed_at) AS ("
 _FROM_LOG = (
@@ -212,9 +202,7 @@ def _values(death: Death) -> tuple[Value, ...]:
 
 
 def _write_died(connection: sqlite3.Connection, deaths: Sequence[tuple[Value, ...]]) -> None:
-    for some in chunks(deaths):
-        text = values_text(_INSERT_DEAD, 2 + _DEATH_WIDTH, len(some), _FROM_LOG)
-        connection.execute(text, [value for death in some for value in death])
+    execute_rows(connection, _INSERT_DEAD, deaths, _FROM_LOG)
 
 
 def _write_died_again(connection: sqlite3.Connection, deaths: Sequence[tuple[Value, ...]]) -> None:
@@ -227,9 +215,7 @@ def _write_died_again(connection: sqlite3.Connection, deaths: Sequence[tuple[Val
 
 
 def _write_handled(connection: sqlite3.Connection, ids: Sequence[tuple[Value, ...]]) -> None:
-    for some in chunks(ids):
-        text = values_text("DELETE FROM dead_letters WHERE id IN (", 1, len(some), ")")
-        connection.execute(text, [value for row in some for value in row])
+    execute_rows(connection, "DELETE FROM dead_letters WHERE id IN (", ids, ")")
 
 
 def _write_retried(connection: sqlite3.Connection, retries: Sequence[tuple[Value, ...]]) -> None:

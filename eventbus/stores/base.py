@@ -18,6 +18,7 @@ import attrs
 from typing_extensions import TypeVar
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 SLOTS = 1024
 """Slots that keys are spread over. Stored with every event, so it never changes."""
@@ -219,7 +220,7 @@ Refusal = Literal["fenced", "settled"]
 
 
 @attrs.frozen
-class Command(Generic[T]):
+class Command(Generic[T_co]):
     """A write that is not on the path of an event. Its result stands in `Committed.results`; an `EventBusError` there
     means that this command wrote nothing (the others of the batch did)."""
 
@@ -398,7 +399,8 @@ class Prune(Command["int | None"]):
     """Remove events published before `before` (unix seconds) that no subscription needs, looking at no more than `limit`
     events after the position `after`. An event is needed by a subscription (a stored one, whether or not it has a handler)
     if its type matches `since` and it lies above both the start and the checkpoint of its lane, or in the reach of a
-    waiting delivery; or if it lies at or above `pinned`. Idempotency keys used before `keys_before` go too. The result is the position to go on after, or None at the end."""
+    waiting delivery; or if it lies at or above `pinned`. Idempotency keys used before `keys_before` go too. The result is the
+    position to go on after, or None at the end."""
 
     before: float | None
     keys_before: float
@@ -462,7 +464,7 @@ class Committed:
 
 
 @attrs.frozen
-class Query(Generic[T]):
+class Query(Generic[T_co]):
     """A question to the store; each sees one consistent state of it."""
 
 

@@ -274,6 +274,7 @@ class SQLiteStore:
 
     def read(self, query: Query[T]) -> T:
         """See `Store.read`."""
+        self._check_open()  # before the lock, which a thread may have held when this process was forked
         with self._reading, self._translated():
             return answer(self._connected(self._writer if self._memory else self._reader), query)
 

@@ -54,9 +54,10 @@ _numbers = itertools.count(1)
 def record(type: str = "order.created", key: str | None = None, data: bytes = b'{"n":1}', **options: Any) -> Record:
     """A record with a new id, ascending from one to the next."""
     id = f"01890000-0000-7000-8000-{next(_numbers):012x}"
-    slot = options.pop("slot", slot_of(id if key is None else key))
+    if "slot" not in options:
+        options["slot"] = slot_of(id if key is None else key)
     settings: dict[str, Any] = {"version": 1, "time": NOW, "headers": None, "content_type": "application/json"}
-    return Record(id=id, type=type, key=key, slot=slot, data=data, **{**settings, **options})
+    return Record(id=id, type=type, key=key, data=data, **{**settings, **options})
 
 
 def records(count: int, type: str = "order.created", **options: Any) -> list[Record]:

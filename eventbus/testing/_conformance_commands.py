@@ -49,7 +49,7 @@ class Commands(ConformanceBase):
         """An instance may say that it is alive, again, and that it leaves; also one that nobody knows."""
         other = Instance("other", "n", "h", 1, NOW)
         for beat in (Beat(INSTANCE), Beat(other), Beat(INSTANCE), Beat(other, leaving=True), Beat(other, leaving=True)):
-            assert self.run(store, beat) is None  # type: ignore[func-returns-value]
+            assert self.run(store, beat) is None
 
 
 class Registering(ConformanceBase):
@@ -151,7 +151,7 @@ class Registering(ConformanceBase):
     def test_unknown(self, store: Store, command: Pause | Unsubscribe | Rewind) -> None:
         """A command for a subscription that is not stored says so."""
         with pytest.raises(UnknownSubscription, match="nobody"):
-            self.run(store, command)  # type: ignore[arg-type]
+            self.run(store, command)
 
 
 class Claiming(ConformanceBase):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import pytest
 
@@ -56,7 +58,7 @@ class Units(ConformanceBase):
     def test_a_lane_waits(self, store: Store) -> None:
         """A retry is kept with its lane: attempts, due time, first failure and error; the ack clears them."""
         state = self.with_lane(store)
-        retry = {"attempt": 2, "due_at": NOW + 1.25, "first_failed_at": NOW, "error": "ValueError: no stock"}
+        retry: dict[str, Any] = {"attempt": 2, "due_at": NOW + 1.25, "first_failed_at": NOW, "error": "ValueError: no stock"}
         self.settle(store, self.unit(state, 1, checkpoint=0, **retry))
         assert self.lane(store) == attrs.evolve(state, **retry)
         self.settle(store, self.unit(state, 1))
@@ -129,7 +131,7 @@ class Units(ConformanceBase):
     def test_replays_always_count(self, store: Store) -> None:
         """A unit of a replay is applied though its event was settled long ago, and leaves the lane as it is."""
         state = self.with_lane(store)
-        retry = {"attempt": 1, "due_at": NOW + 9}
+        retry: dict[str, Any] = {"attempt": 1, "due_at": NOW + 9}
         self.settle(store, self.unit(state, 2), self.unit(state, 3, checkpoint=2, **retry))
         committed = self.settle(store, self.unit(state, 1, source="replay", checkpoint=2, death=death()))
         assert committed.refused == {}
@@ -263,7 +265,7 @@ class DeadLettersKept(ConformanceBase):
         (marked,) = self.dead(store, redriving=True)
         assert (marked.id, marked.redriving, marked.attempt, marked.due_at) == (letter.id, True, 0, NOW + 9)
         assert self.run(store, Redrive(DeadLetterFilter()), now=NOW + 99) == ()
-        assert self.dead(store) == [marked]
+        assert [(letter.id, letter.due_at) for letter in self.dead(store)] == [(marked.id, NOW + 9)]
 
     def test_redrive_handled(self, store: Store) -> None:
         """Only the ack of a redriven dead letter deletes it."""

@@ -22,9 +22,15 @@ no clock and does not sleep.
 
 from __future__ import annotations
 
-from eventbus.testing import _conformance_commands as _commands
-from eventbus.testing import _conformance_log as _log
-from eventbus.testing import _conformance_outcomes as _outcomes
+import pytest
+
+# Before they are imported, so that a failed assertion says what was found.
+for _part in ("base", "commands", "log", "outcomes"):
+    pytest.register_assert_rewrite(f"eventbus.testing._conformance_{_part}")
+
+from eventbus.testing import _conformance_commands as _commands  # noqa: E402
+from eventbus.testing import _conformance_log as _log  # noqa: E402
+from eventbus.testing import _conformance_outcomes as _outcomes  # noqa: E402
 
 __all__ = ["StoreConformance"]
 

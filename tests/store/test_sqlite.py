@@ -9,6 +9,14 @@ from eventbus.stores.sqlite import SQLiteStore
 from eventbus.testing.conformance import StoreConformance
 
 
+def test_no_test_hides_another() -> None:
+    """The parts of the suite have no name in common."""
+    parts = StoreConformance.__mro__[1:-2]
+    names = [name for part in parts for name in vars(part) if not name.startswith("__")]
+    assert len(names) == len(set(names))
+    assert len([name for name in names if name.startswith("test_")]) > 90
+
+
 class TestFile(StoreConformance):
     """On a file."""
 

@@ -1,0 +1,242 @@
+"""From annotations to nodes: which annotation is encoded how, and which cannot be.
+
+Beside the way publish → journal → store → lanes → workers → outcome: at registration. In comes an annotation, out comes a
+`Node` of `_nodes.py`, or an `InvalidEventType` that says what to annotate instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import PurePath
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import attrs
+import msgspec
+from cattrs import Converter
+from cattrs.errors import StructureHandlerNotFoundError
+from cattrs.preconf.msgspec import make_converter
+
+from eventbus._fields import family_of, fields_of, label, unwrap
+from eventbus._foreign import foreign
+from eventbus._leaves import LEAVES, Hook, path_hooks, subclass_hooks
+from eventbus._nodes import (
+    JSON,
+    MAPPINGS,
+    SEQUENCES,
+    SETS,
+    Node,
+    any_node,
+    build_class,
+    build_enum,
+    build_literal,
+    build_mapping,
+    build_sequence,
+    build_set,
+    build_tuple,
+)
+from eventbus._unions import build_union
+from eventbus.errors import InvalidEventType
+
+
+class Forms:
+    """The nodes of all annotations met so far. `converter` decides about types that are not known here."""
+
+    def __init__(self) -> None:
+        self.converter: Converter = make_converter()
+        self._any = any_node()
+        self._nodes: dict[Any, Node] = {}
+        for form, (dump, load, kind) in LEAVES.items():
+            self._nodes[form] = Node(form, dump, load, frozenset({kind}), (form,))
+        self._nodes[NoneType].values = frozenset({(NoneType, None)})
+        self._teach_converter()
+
+    def prepare(self, cls: type) -> Node:
+        """The node of an event class; what was built for it goes again if it cannot be.
+
+        Raises:
+            InvalidEventType: it, or a type in it, cannot be stored.
+        """
+        before = set(self._nodes)
+        try:
+            return self.node(cls)
+        except BaseException:
+            for form in set(self._nodes) - before:
+                del self._nodes[form]
+            raise
+
+    def node(self, form: Any) -> Node:
+        """The node of an annotation; built at first sight."""
+        form = unwrap(form)
+        if form is None:
+            form = NoneType
+        if form is Any or form is object or isinstance(form, TypeVar):
+            return self._any
+        found = self._nodes.get(form)
+        if found is None:
+            found = self._nodes[form] = Node(form)
+            self._build(found, form)
+        return found
+
+    def _build(self, node: Node, form: Any) -> None:
+        origin, args = get_origin(form) or form, get_args(form)
+        if origin is Literal:
+            build_literal(node, args, self.node)
+        elif origin in {Union, UnionType}:
+            build_union(node, [self.node(arg) for arg in args], self)
+        elif _is_collection(origin):
+            self._build_collection(node, origin, args)
+        elif isinstance(origin, type) and issubclass(origin, Enum):
+            build_enum(node, origin)
+        elif isinstance(origin, type) and issubclass(origin, PurePath):
+            self._fill(node, path_hooks(origin))
+        elif isinstance(origin, type) and issubclass(origin, (str, int, float)):
+            self._fill(node, subclass_hooks(origin))
+            node.classes = (origin,)
+        elif family_of(origin) in {"struct", "pydantic"}:
+            _build_foreign(node, origin)
+        else:
+            self._build_by_converter(node, form, origin)
+
+    def _build_collection(self, node: Node, origin: Any, args: tuple[Any, ...]) -> None:
+        if origin is tuple:
+            self._build_tuple(node, args)
+        elif origin in MAPPINGS:
+            key, item = args or (Any, Any)
+            build_mapping(node, self.node(key), self.node(item))
+        elif origin in SETS:
+            build_set(node, *SETS[origin], self.node(args[0] if args else Any))
+        else:
+            build_sequence(node, *SEQUENCES[origin], self.node(args[0] if args else Any))
+
+    def _build_tuple(self, node: Node, args: tuple[Any, ...]) -> None:
+        if node.form is tuple or (len(args) == 2 and args[1] is Ellipsis):  # noqa: PLR2004  # tuple[T, ...]
+            build_sequence(node, tuple, tuple, self.node(args[0] if args else Any))
+        else:
+            build_tuple(node, tuple(self.node(arg) for arg in args))
+
+    def _fill(self, node: Node, hooks: tuple[Hook, Hook, type]) -> None:
+        node.dump, node.load, kind = hooks
+        node.kinds = frozenset({kind})
+
+    # -------------------------------------------------------------- classes
+
+    def _build_by_converter(self, node: Node, form: Any, origin: Any) -> None:
+        """A user's hooks come before what is known here about attrs classes and dataclasses."""
+        try:
+            load = self.converter.get_structure_hook(form)
+            dump = self.converter.get_unstructure_hook(form)
+        except (StructureHandlerNotFoundError, NameError, TypeError, ValueError) as error:
+            raise self._unknown(form) from error
+        ours = isinstance(load, _Load), isinstance(dump, _Dump)
+        if ours == (True, True):
+            self._build_class(node, form, origin)
+        elif any(ours) or family_of(origin) is None and not isinstance(origin, type):
+            raise self._unknown(form)
+        else:
+            node.dump, node.load = dump, lambda value: load(value, form)
+            node.kinds, node.reads_back = frozenset(JSON) - {NoneType}, True
+
+    def _unknown(self, form: Any) -> InvalidEventType:
+        return InvalidEventType(
+            f"{label(form)} cannot be stored in an event: neither it nor its fields give it a form in JSON. Use a type that "
+            "the documentation of events lists, or register both a structure and an unstructure hook for it: "
+            "JSONCodec().converter is a cattrs converter."
+        )
+
+    def _build_class(self, node: Node, form: Any, cls: type) -> None:
+        if any(f.default is dataclasses.MISSING for f in _init_vars(cls)):
+            raise InvalidEventType(f"{label(cls)} cannot be made again from what is stored: it has an InitVar without default")
+        node.kinds, node.classes = frozenset({dict}), (cls,)
+        fields = fields_of(form)
+        node.reads_back = _runs_code(cls) or any(not field.init and field.compare for field in fields)
+        stored = [(field, self.node(field.type)) for field in fields if field.init]
+        build_class(node, cls, stored)
+
+    def _teach_converter(self) -> None:
+        """What cattrs builds by itself (NamedTuple, TypedDict, deque, …) uses our strict hooks inside."""
+        for form, (dump, load, _) in LEAVES.items():
+            self.converter.register_structure_hook(form, _ignoring_type(load))
+            self.converter.register_unstructure_hook(form, dump)
+        self.converter.register_structure_hook_factory(self._knows, lambda form: _Load(self, form))
+        self.converter.register_unstructure_hook_factory(self._knows, lambda form: _Dump(self, form))
+
+    def _knows(self, form: Any) -> bool:
+        origin = get_origin(form) or form
+        return (
+            origin in {Literal, Union, UnionType}
+            or _is_collection(origin)
+            or family_of(origin) is not None
+            or (isinstance(origin, type) and issubclass(origin, (Enum, PurePath)))
+        )
+
+
+def _ignoring_type(load: Hook) -> Any:
+    return lambda value, _: load(value)
+
+
+@attrs.frozen(eq=False)
+class _Load:
+    """A hook of ours in the converter; a class, so that it can be told from a user's."""
+
+    forms: Forms
+    form: Any
+
+    def __call__(self, value: Any, _: Any) -> Any:
+        return self.forms.node(self.form).load(value)
+
+
+@attrs.frozen(eq=False)
+class _Dump:
+    forms: Forms
+    form: Any
+
+    def __call__(self, value: Any) -> Any:
+        return self.forms.node(self.form).dump(value)
+
+
+def _is_collection(origin: Any) -> bool:
+    try:
+        return origin is tuple or origin in MAPPINGS or origin in SETS or origin in SEQUENCES
+    except TypeError:
+        return False
+
+
+def _build_foreign(node: Node, cls: type) -> None:
+    own = foreign(cls)
+    node.dump = lambda value: msgspec.Raw(own.dumps(value))
+    node.load = lambda value: own.loads(msgspec.json.encode(value))
+    node.kinds, node.classes, node.reads_back = _foreign_kinds(cls), (cls,), True
+
+
+def _foreign_kinds(cls: Any) -> frozenset[type]:
+    if getattr(cls, "__pydantic_root_model__", False):
+        return frozenset(JSON) - {NoneType}
+    is_array = family_of(cls) == "struct" and cls.__struct_config__.array_like
+    return frozenset({list if is_array else dict})
+
+
+# ------------------------------------------------------------------ code that runs when an object is made
+
+
+def _init_vars(cls: type) -> list[Any]:
+    fields: Mapping[str, Any] = getattr(cls, "__dataclass_fields__", {})
+    return [field for field in fields.values() if repr(getattr(field, "_field_type", "")) == "_FIELD_INITVAR"]
+
+
+def _runs_code(cls: Any) -> bool:
+    """Whether making an object may give another one than the fields say: then each event is read back when it is published."""
+    hooks = ("__post_init__", "__attrs_post_init__", "__attrs_pre_init__", "__attrs_init__", "__pydantic_validator__")
+    if cls.__new__ is not object.__new__ or any(hasattr(cls, name) for name in hooks):
+        return True
+    mark = "__attrs_attrs__" if family_of(cls) == "attrs" else "__dataclass_fields__"
+    if "__init__" not in next(base.__dict__ for base in cls.__mro__ if "__init__" in base.__dict__ or mark in base.__dict__):
+        return True
+    if "__init__" in cls.__dict__ and mark not in cls.__dict__:
+        return True
+    unguarded = cls.__setattr__ is object.__setattr__
+    return mark == "__attrs_attrs__" and any(
+        a.converter is not None or (a.validator is not None and unguarded) for a in attrs.fields(cls)
+    )
