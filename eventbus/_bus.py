@@ -1,21 +1,20 @@
 """EventBus: what a program declares, and what it calls.
 
 *publish* → journal → store → lanes → workers → outcome. The bus wires the parts and owns none of their work: an event is made
-a record (`_encoding`), handed to the journal (`_journal`), announced to the lanes (`_dispatch`, `_intake`, `_lanes`), and run by the
-workers (`_workers`, `_attempts`). `_running` holds what lives while the bus is open.
+a record (`_encoding`), handed to the journal (`_journal`), announced to the lanes (`_dispatch`, `_intake`, `_lanes`), and run by
+the workers (`_workers`, `_attempts`). `_running` holds what lives while the bus is open.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
-from typing_extensions import Self
 
 from eventbus._clock import Clock, SystemClock
 from eventbus._codec import Codec, JSONCodec
@@ -212,7 +211,8 @@ class EventBus:
             names = self._declared.names() if dispatch else set()
         else:
             names = {self._declared.declared_name(each) for each in dispatch}
-        return _Opening(self, self._store if store is None else store, names, stop_timeout)
+        which = self._store if store is None else store
+        return _Opening(self, lambda: self._start(which, names), self._end, stop_timeout)
 
     async def __aenter__(self) -> Self:
         """Open the bus; see `open`."""
@@ -230,17 +230,19 @@ class EventBus:
             raise BusNotOpen("the bus is not open")
         return await opening.__aexit__(kind, error, traceback)
 
-    async def _start(self, store: Store, names: set[str]) -> Running:
+    async def _start(self, store: str | os.PathLike[str] | Store | None, names: set[str]) -> Running:
         if self._running is not None:
             raise ConfigurationError("this bus is open already; one EventBus is one instance")
-        running = Running(store, self._settings)
-        self._running = running
+        running = self._running = Running(store_of(store, self._durability), self._settings)
         try:
             await running.start(self._declared.wanted(names))
         except BaseException:
-            self._running = None
+            self._end()
             raise
         return running
+
+    def _end(self) -> None:
+        self._running = None
 
     def _open(self) -> Running:
         running = self._running
@@ -304,7 +306,10 @@ class EventBus:
 
     async def cancel(self, event_id: str) -> bool:
         """Cancel an event that was published with `due`; False if it is in the log already, or was never scheduled."""
-        return await self._open().journal.command(Cancel(str(event_id)))
+        running = self._open()
+        cancelled = await running.journal.command(Cancel(str(event_id)))
+        running.dispatcher.tell_promoted((str(event_id),))
+        return cancelled
 
     # -------------------------------------------------------------- waiting
 
@@ -442,7 +447,9 @@ class EventBus:
         running = self._open()
         stretch = await running.history.range(since, after, until)
         text_key = None if key is None else str(key)
-        async for envelope in running.history.envelopes(stretch, self._declared.patterns(types), text_key, running.decoder.envelope):
+        async for envelope in running.history.envelopes(
+            stretch, self._declared.patterns(types), text_key, running.decoder.envelope
+        ):
             yield envelope
 
     # -------------------------------------------------------------- status
@@ -507,18 +514,19 @@ class EventBus:
 
 
 class _Opening:
-    """What `EventBus.open` returns."""
+    """What `EventBus.open` returns: enters and leaves one run of the bus."""
 
-    def __init__(self, bus: EventBus, store: str | os.PathLike[str] | Store | None, names: set[str], stop_timeout: float) -> None:
+    def __init__(
+        self, bus: EventBus, start: Callable[[], Awaitable[Running]], ended: Callable[[], object], stop_timeout: float
+    ) -> None:
         self._bus = bus
-        self._store = store
-        self._names = names
+        self._start = start
+        self._ended = ended
         self._stop_timeout = stop_timeout
         self._running: Running | None = None
 
     async def __aenter__(self) -> EventBus:
-        store = store_of(self._store, self._bus._durability)
-        self._running = await self._bus._start(store, self._names)
+        self._running = await self._start()
         return self._bus
 
     async def __aexit__(
@@ -531,5 +539,5 @@ class _Opening:
             with anyio.CancelScope(shield=True):
                 await running.stop(self._stop_timeout)
         finally:
-            self._bus._running = None
+            self._ended()
         return await running.end_group(kind, error, traceback)

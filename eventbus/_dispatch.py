@@ -302,11 +302,12 @@ class Dispatcher:
             for feed in feeds:
                 feed.offer(record)
         if self.promotions:
-            self._tell_promoted(committed.events)
+            self.tell_promoted(record.id for record in committed.events)
 
-    def _tell_promoted(self, records: Iterable[Record]) -> None:
-        for record in records:
-            for waiter in self.promotions.pop(record.id, ()):
+    def tell_promoted(self, event_ids: Iterable[str]) -> None:
+        """Scheduled events are in the log, or are cancelled."""
+        for event_id in event_ids:
+            for waiter in self.promotions.pop(event_id, ()):
                 waiter.set()
 
     def fall_behind(self) -> None:

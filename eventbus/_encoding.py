@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,13 @@ def headers(**values: str) -> Iterator[None]:
         yield
     finally:
         _added.reset(token)
+
+
+def handler_context() -> Context:
+    """A copy of the caller's context for handlers to run in, without the headers in force here: theirs follow from what they handle."""
+    context = copy_context()
+    context.run(_added.set, {})
+    return context
 
 
 class Encoder:
@@ -144,15 +151,14 @@ def _idempotency_key(key: object, kind: EventType) -> str:
 
 
 def _due(due: object, now: float, kind: EventType) -> float:
-    aware = isinstance(due, datetime) and due.utcoffset() is not None
-    if not isinstance(due, timedelta) and not aware:
-        raise InvalidEvent(kind.name, "due", f"must be an aware datetime or a timedelta, not {due!r:.80}")
     try:
-        moment = now + due.total_seconds() if isinstance(due, timedelta) else due.timestamp()  # type: ignore[attr-defined]
-        to_datetime(moment)
+        if isinstance(due, timedelta):
+            return to_datetime(now + due.total_seconds()).timestamp()
+        if isinstance(due, datetime) and due.utcoffset() is not None:
+            return to_datetime(due.timestamp()).timestamp()
     except (ValueError, OverflowError, OSError) as error:
         raise InvalidEvent(kind.name, "due", f"{due!r:.80} leads out of the calendar") from error
-    return moment
+    raise InvalidEvent(kind.name, "due", f"must be an aware datetime or a timedelta, not {due!r:.80}")
 
 
 def _headers(own: Mapping[str, str] | None, kind: EventType) -> str | None:

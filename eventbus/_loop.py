@@ -7,9 +7,12 @@ which costs a fraction of anyio's `Event`. Everything else that is asynchronous 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Callable
+from contextvars import Context
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
@@ -47,6 +50,12 @@ class Loop(Protocol):
 
     def check(self) -> None:
         """Raise `WrongLoop` unless called from a task of this loop."""
+
+    def has_cancelled_itself(self) -> bool:
+        """Whether this task was cancelled other than by a cancel scope, which none of ours outlives: by what it ran."""
+
+    async def forget_cancellation(self) -> None:
+        """Go on as if it had not been. Within a shielded scope."""
 
 
 def current_loop() -> Loop:
@@ -115,6 +124,17 @@ class _Asyncio:
         if running is not self._loop:
             raise _wrong_loop()
 
+    def has_cancelled_itself(self) -> bool:
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+
+    async def forget_cancellation(self) -> None:
+        task = asyncio.current_task()
+        while task is not None and task.uncancel():
+            pass
+        with contextlib.suppress(asyncio.CancelledError):  # it may not have been raised yet
+            await asyncio.sleep(0)
+
 
 # ------------------------------------------------------------------ trio
 
@@ -181,8 +201,23 @@ class _Trio:
         if token is not self._token:
             raise _wrong_loop()
 
+    def has_cancelled_itself(self) -> bool:
+        return False  # only scopes cancel
+
+    async def forget_cancellation(self) -> None:
+        pass
+
 
 # ------------------------------------------------------------------ threads
+
+
+def context_for_threads(context: Context) -> Context:
+    """A copy of a context that does not claim to be inside an event loop: a plain handler may start one of its own."""
+    copy = context.copy()
+    sniffio = sys.modules.get("sniffio")  # with it, anyio notes in the context which loop it is in
+    if sniffio is not None:
+        copy.run(sniffio.current_async_library_cvar.set, None)
+    return copy
 
 
 class Worker:

@@ -11,7 +11,6 @@ import os
 import random
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 import anyio
@@ -20,7 +19,7 @@ import attrs
 from eventbus._clock import Clock, Ids
 from eventbus._decoding import Decoder
 from eventbus._dispatch import Dispatcher, Serving
-from eventbus._encoding import Encoder
+from eventbus._encoding import Encoder, handler_context
 from eventbus._intake import Budget
 from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
@@ -93,7 +92,7 @@ class Running:
             lambda moment: notify(settings.hooks, moment),
         )
         self.dispatcher = Dispatcher(self.environment, self.decoder, self.encoder, Budget(WAITING_BYTES))
-        self.pool = Pool(self.environment, settings.workers, "eventbus", copy_context())
+        self.pool = Pool(self.environment, settings.workers, "eventbus", handler_context())
         self.upkeep = Upkeep(self.dispatcher, self.journal, self.reader, self.instance, settings.keeping)
         self.environment.scheduled = self.upkeep.scheduled
         self.status = Status(self.dispatcher, self.journal, self.reader)

@@ -19,6 +19,7 @@ from anyio.lowlevel import checkpoint
 
 from eventbus._attempts import Running, Torn, failed, timed_out
 from eventbus._lanes import RELEASED, Attempt, Environment, Failed, Lane, Outcome
+from eventbus._loop import context_for_threads
 from eventbus._threads import Crossing, Threads
 from eventbus.hooks import HandlerStuck
 
@@ -43,6 +44,7 @@ class Pool:
     def __init__(self, environment: Environment, limit: int, name: str, context: Context) -> None:
         self.environment = environment
         self.context = context
+        self.context_of_threads = context_for_threads(context)
         self.threads = Threads(name)
         self.stopping = False
         self.on_exit: Callable[[BaseException], object] = lambda _error: None
@@ -227,10 +229,13 @@ class _Task:
             lane.settle(attempt, Failed(timed_out(attempt)) if self._timed_out else RELEASED)
             lane.wake()
         lane.flush()
+        if self._environment.loop.has_cancelled_itself():
+            with anyio.CancelScope(shield=True):
+                await self._environment.loop.forget_cancellation()
 
     async def _run_quantum(self, lane: Lane) -> None:
         lane.log.intake.touch()
-        clock = self._environment.clock
+        clock, loop = self._environment.clock, self._environment.loop
         plain = not lane.holder.options.is_async
         end = clock.monotonic() + QUANTUM
         while not self._pool.stopping:
@@ -249,7 +254,7 @@ class _Task:
                 if isinstance(outcome, Failed) and isinstance(outcome.error, (SystemExit, KeyboardInterrupt)):
                     self._pool.on_exit(outcome.error)
             self._attempt = None
-            if clock.monotonic() >= end or (self._scope is not None and self._scope.cancel_called):
+            if clock.monotonic() >= end or loop.has_cancelled_itself() or (self._scope and self._scope.cancel_called):
                 lane.wake()
                 return
 
@@ -288,7 +293,7 @@ class _Task:
         if attempt.source is lane.log and attempt.number == 1:
             waiting = len(lane.log.intake)
             attempts += lane.take_more(min(CROSSING, math.ceil(waiting / lane.concurrency)) - 1 if waiting else 0)
-        crossing = Crossing(lane, attempts, self._environment.clock, self._environment.loop, self._pool.context)
+        crossing = Crossing(lane, attempts, self._environment.clock, self._environment.loop, self._pool.context_of_threads)
         crossing.on_exit = self._pool.on_exit
         if lane.concurrency > 1:
             lane.wake()

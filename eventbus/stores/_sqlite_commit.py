@@ -70,21 +70,43 @@ class Found:
 
 
 def look(connection: sqlite3.Connection, batch: Batch) -> Found:
-    """Ask for all that decides this batch, in one statement of one row."""
-    keys = {r.idempotency_key for r in _records(batch) if r.idempotency_key is not None}
-    lanes = {(unit.subscription, unit.lane) for unit in batch.units}
-    rows = {(unit.subscription, unit.row) for unit in batch.units if unit.row is not None}
-    letters = {unit.dead_letter for unit in batch.units if unit.dead_letter is not None}
+    """Ask for all that decides this batch, in one statement of one row (in more where it names thousands of things)."""
+    keys = list({r.idempotency_key for r in _records(batch) if r.idempotency_key is not None})
+    lanes = list({(unit.subscription, unit.lane) for unit in batch.units})
+    rows = list({(unit.subscription, unit.row) for unit in batch.units if unit.row is not None})
+    letters = list({unit.dead_letter for unit in batch.units if unit.dead_letter is not None})
+    found = Found(0, {}, {}, set(), set())
+    for start in range(0, max(1, len(keys), len(lanes), len(rows), len(letters)), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        _look_at(connection, found, keys[part], lanes[part], rows[part], letters[part])
+    return found
+
+
+def _look_at(
+    connection: sqlite3.Connection,
+    found: Found,
+    keys: list[str],
+    lanes: list[LaneKey],
+    rows: list[tuple[str, int]],
+    letters: list[int],
+) -> None:
     text = _look_text(_slots(len(keys)), _slots(len(lanes)), _slots(len(rows)), _slots(len(letters)))
     parameters: list[Value] = [*_padded(keys), *_padded_pairs(lanes), *_padded_pairs(rows), *_padded(letters)]
-    head, found_keys, found_lanes, found_rows, found_letters = connection.execute(text, parameters).fetchone()
-    return Found(
-        head,
-        {key: Known(id, at, digest) for key, id, at, digest in decode(found_keys, _KEYS, "idempotency")} if keys else {},
-        {(row[0], row[1]): lane_of(row) for row in decode(found_lanes, _LANES, "lanes")} if lanes else {},
-        set(decode(found_rows, _ROWS, "deliveries")) if rows else set(),
-        set(decode(found_letters, _LETTERS, "dead_letters")) if letters else set(),
-    )
+    found.head, *answers = connection.execute(text, parameters).fetchone()
+    if keys:
+        for key, id, position, digest in decode(answers[0], _KEYS, "idempotency"):
+            found.keys[key] = Known(id, position, digest)
+    if lanes:
+        for row in decode(answers[1], _LANES, "lanes"):
+            found.lanes[row[0], row[1]] = lane_of(row)
+    if rows:
+        found.rows.update(decode(answers[2], _ROWS, "deliveries"))
+    if letters:
+        found.redriven.update(decode(answers[3], _LETTERS, "dead_letters"))
+
+
+_AT_ONCE = 4_096
+"""Things of each kind to ask for at once: a statement may have 32,766 values."""
 
 
 def _records(batch: Batch) -> Iterable[Record]:
@@ -105,12 +127,12 @@ def _slots(count: int) -> int:
     return 0 if not count else 1 << (count - 1).bit_length()
 
 
-def _padded(values: Iterable[str | int]) -> list[Value]:
+def _padded(values: Sequence[str | int]) -> list[Value]:
     found: list[Value] = list(values)
     return found + [None] * (_slots(len(found)) - len(found))
 
 
-def _padded_pairs(pairs: set[tuple[str, str]] | set[tuple[str, int]]) -> list[Value]:
+def _padded_pairs(pairs: Sequence[tuple[str, str | int]]) -> list[Value]:
     flat: list[Value] = [value for pair in pairs for value in pair]
     return flat + [None] * (2 * (_slots(len(pairs)) - len(pairs)))
 

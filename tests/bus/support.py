@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import anyio
 
 from eventbus import RetryPolicy
+from eventbus._clock import SystemClock
 from eventbus._loop import current_loop
+from eventbus.stores.base import Batch, Committed
+from eventbus.stores.sqlite import SQLiteStore
 
 NO_RETRY = RetryPolicy(attempts=1)
 """Dead-letter at the first failure."""
@@ -62,3 +66,52 @@ class Recorder:
         if not event.is_set():
             raise TimeoutError(f"waited {timeout} s for {count} things, saw {len(self.seen)}: {self.seen[:20]!r}")
         return list(self.seen)
+
+
+class GatedStore(SQLiteStore):
+    """A SQLite store whose commits of published events can be held up.
+
+    Attributes:
+        arrived: notes the number of events of each such commit, as it arrives, also while it is held.
+    """
+
+    def __init__(self, path: str = ":memory:") -> None:
+        super().__init__(path, durability="fast")
+        self.arrived = Recorder()
+        self._gate = threading.Event()
+        self._gate.set()
+
+    def hold(self) -> None:
+        """Hold up commits that append events, until `release`."""
+        self._gate.clear()
+
+    def release(self) -> None:
+        """Let commits go on."""
+        self._gate.set()
+
+    def commit(self, batch: Batch) -> Committed:
+        """Commit, when the gate is open."""
+        if batch.appends:
+            self.arrived.add(sum(len(group) for group in batch.appends))
+            self._gate.wait(10)
+        return super().commit(batch)
+
+
+class MovableClock:
+    """The machine's clock, of which the time of day can be moved on. What is measured is not."""
+
+    def __init__(self) -> None:
+        self._clock = SystemClock()
+        self._offset = 0.0
+
+    def move(self, by: timedelta) -> None:
+        """Move the time of day on."""
+        self._offset += by.total_seconds()
+
+    def time(self) -> float:
+        """The machine's time of day, moved."""
+        return self._clock.time() + self._offset
+
+    def monotonic(self) -> float:
+        """The machine's."""
+        return self._clock.monotonic()

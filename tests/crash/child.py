@@ -21,8 +21,9 @@ import zlib
 
 import anyio
 import attrs
+from anyio.abc import TaskGroup
 
-from eventbus import Delivery, Draft, Envelope, EventBus, HandlingFailed, RetryPolicy, event
+from eventbus import Delivery, Draft, Envelope, EventBus, HandlingFailed, Receipt, RetryPolicy, event
 
 KEYS = 7
 BATCH = 5
@@ -135,19 +136,24 @@ def declare(bus: EventBus) -> None:
         say("E", *begun(delivery))
 
 
-async def single(bus: EventBus, source: str, start: int, chance: random.Random) -> None:
+async def single(bus: EventBus, group: TaskGroup, source: str, start: int, chance: random.Random) -> None:
     """Publish one by one, with idempotency keys; after a kill, the one that was under way again."""
     for number in range(start, 1_000_000):
         placed = Placed(source, number, f"k{chance.randrange(KEYS)}" if source == "unkeyed" else f"k{number % KEYS}")
         receipt = await bus.publish(placed, idempotency_key=None if source == "unkeyed" else f"{source}-{number}")
         say("A", receipt.id, source, number)
         if number % 4 == 0:
-            try:
-                await receipt.handled()
-            except HandlingFailed as error:
-                assert not error.blocked, error.blocked
-            say("C", receipt.id)
+            group.start_soon(settled, receipt)
         await anyio.sleep(chance.random() * 0.006)
+
+
+async def settled(receipt: Receipt) -> None:
+    """Wait for an event, and say when it is settled."""
+    try:
+        await receipt.handled()
+    except HandlingFailed as error:
+        assert not error.blocked, error.blocked
+    say("C", receipt.id)
 
 
 async def many(bus: EventBus, source: str, start: int, chance: random.Random) -> None:
@@ -175,7 +181,7 @@ async def main(path: str, seed: str, run: str, mode: str, starts: dict[str, int]
             return
         async with anyio.create_task_group() as group:
             for source in ("one", "two", "unkeyed"):
-                group.start_soon(single, bus, source, starts[source], chance)
+                group.start_soon(single, bus, group, source, starts[source], chance)
             group.start_soon(many, bus, "batch", starts["batch"], chance)
 
 

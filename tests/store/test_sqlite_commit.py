@@ -14,7 +14,7 @@ import attrs
 import pytest
 
 from eventbus.errors import PublishOutcomeUnknown, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreUnavailable
-from eventbus.stores import _sqlite_commit, _sqlite_read
+from eventbus.stores import _sqlite_commit, _sqlite_read, _sqlite_rows
 from eventbus.stores import sqlite as module
 from eventbus.stores.base import (
     Batch,
@@ -89,6 +89,36 @@ def test_steps_of_a_commit(store: SQLiteStore, count: int) -> None:
     with traced(store._writer) as statements:
         store.commit(Batch(NOW, appends=[[record(idempotency_key=f"k{i}") for i in range(count)]]))
     assert statements == ["BEGIN", "SELECT", "INSERT", "INSERT", "COMMIT"]
+
+
+def test_any_number_of_events(store: SQLiteStore) -> None:
+    """A statement for more rows than there are writes those that there are."""
+    groups = [records(count) for count in (*range(1, 40), 99, 131, 511, 513)]
+    for group in groups:
+        store.commit(Batch(NOW, appends=[group]))
+    found = store.read(Events(0, 10_000, 10_000_000)).records
+    assert [r.id for r in found] == [r.id for group in groups for r in group]
+    assert not any(r.fault for r in found)
+
+
+def test_more_than_a_statement_can_take(store: SQLiteStore) -> None:
+    """A batch may name more keys, and hold more data, than one statement takes."""
+    assert store._writer is not None
+    store._writer.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)  # as SQLite comes by default
+    keys = [f"k{i}" for i in range(9_000)]
+    store.commit(Batch(NOW, appends=[[record(idempotency_key=key) for key in keys]]))
+    (again,) = store.commit(Batch(NOW, appends=[[record(idempotency_key=key) for key in keys]])).appends
+    assert not isinstance(again, Exception)
+    assert [(place.position, place.duplicate) for place in again] == [(i, True) for i in range(1, 9_001)]
+    store.commit(Batch(NOW, appends=[records(7, data=b"x" * 1_500_000)]))
+    assert store.read(LogState()).head == 9_007
+
+
+def test_statements_are_few(store: SQLiteStore) -> None:
+    """There are some 50 sizes of statements, none more than an eighth too large: each holds on to its memory."""
+    rooms = [_sqlite_rows._room(rows) for rows in range(1, 513)]
+    assert len(set(rooms)) < 60
+    assert all(rows <= room <= rows * 1.13 for rows, room in enumerate(rooms, 1))
 
 
 def test_nothing_is_written_for_nothing(store: SQLiteStore) -> None:

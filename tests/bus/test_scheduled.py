@@ -1,0 +1,196 @@
+"""Events with `due`: stored now, delivered then."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import anyio
+import attrs
+import pytest
+
+from eventbus import Delivery, Draft, Envelope, EventBus, UnknownEvent, WaitTimeout
+from tests.bus.support import MovableClock, Recorder
+
+
+@attrs.frozen
+class Remind:
+    text: str
+
+
+@attrs.frozen
+class Start:
+    pass
+
+
+SOON = timedelta(milliseconds=50)
+LATER = timedelta(hours=1)
+
+
+async def history(bus: EventBus) -> list[Envelope]:
+    return [envelope async for envelope in bus.history()]
+
+
+@pytest.mark.parametrize("zone", [None, UTC, timezone(timedelta(hours=-7))], ids=str)
+async def test_not_before_it_is_due(any_db: str, zone: timezone | None) -> None:
+    """A scheduled event is delivered when it is due and not before, with that time as its own; `due` may be a span or a time."""
+    bus, recorder = EventBus(any_db), Recorder()
+
+    @bus.subscribe(Remind)
+    async def take(remind: Remind, delivery: Delivery) -> None:
+        recorder.add((datetime.now(UTC), delivery.envelope.time))
+
+    async with bus:
+        due = datetime.now(UTC) + SOON
+        receipt = await bus.publish(Remind("a"), due=SOON if zone is None else due.astimezone(zone))
+        assert receipt.position is None
+        assert await history(bus) == []
+        ((taken, time),) = await recorder.wait_for(1)
+        assert due - timedelta(milliseconds=1) <= time <= taken
+        (envelope,) = await history(bus)
+        assert (envelope.id, envelope.event) == (receipt.id, Remind("a"))
+
+
+async def test_order_of_due_times() -> None:
+    """Scheduled events enter the log in the order of their due times, whatever the order of publishing."""
+    bus, recorder = EventBus(":memory:"), Recorder()
+    bus.subscribe(Remind)(recorder.note)
+    async with bus:
+        now = datetime.now(UTC) + timedelta(milliseconds=20)
+        for n in (3, 1, 4, 0, 2):
+            await bus.publish(Remind(str(n)), due=now + n * timedelta(milliseconds=15))
+        assert [remind.text for remind in await recorder.wait_for(5)] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("due", [timedelta(0), timedelta(days=-1), datetime(2020, 1, 1, tzinfo=UTC)], ids=str)
+async def test_due_already(due: timedelta | datetime) -> None:
+    """An event that is due already is delivered at once."""
+    bus, recorder = EventBus(":memory:"), Recorder()
+    bus.subscribe(Remind)(recorder.note)
+    async with bus:
+        await bus.publish(Remind("a"), due=due)
+        await recorder.wait_for(1, timeout=2)
+
+
+async def test_due_while_nobody_runs(db: str) -> None:
+    """An event that became due while the bus was closed is delivered after the next start, once."""
+    clock, recorder = MovableClock(), Recorder()
+    bus = EventBus(db, clock=clock)
+    bus.subscribe(Remind, name="take")(recorder.note)
+    async with bus:
+        await bus.publish_many([Draft(Remind("a"), due=LATER), Draft(Remind("b"), due=2 * LATER)])
+    clock.move(LATER * 1.5)
+    for _ in range(2):
+        async with bus:
+            await recorder.wait_for(1)
+            await bus.drain(timeout=5)
+            assert recorder.seen == [Remind("a")]
+    clock.move(LATER)
+    async with bus:
+        assert await recorder.wait_for(2) == [Remind("a"), Remind("b")]
+
+
+async def test_many_due_at_once() -> None:
+    """Thousands of events due at one time are all delivered, in the order of publishing."""
+    bus, recorder = EventBus(":memory:"), Recorder()
+    bus.subscribe(Remind)(recorder.note)
+    async with bus:
+        due = datetime.now(UTC) + SOON
+        await bus.publish_many([Draft(Remind(str(n)), due=due) for n in range(1200)])
+        assert [remind.text for remind in await recorder.wait_for(1200)] == [str(n) for n in range(1200)]
+
+
+async def test_cancel() -> None:
+    """A cancelled event is never delivered; cancel says whether it was in time."""
+    bus, recorder = EventBus(":memory:"), Recorder()
+    bus.subscribe(Remind)(recorder.note)
+    async with bus:
+        kept = await bus.publish(Remind("kept"), due=SOON)
+        cancelled = await bus.publish(Remind("cancelled"), due=SOON)
+        assert await bus.cancel(cancelled.id) is True
+        assert await bus.cancel(cancelled.id) is False
+        await kept.handled(timeout=5)
+        await bus.drain(timeout=5)
+        assert recorder.seen == [Remind("kept")]
+        assert await bus.cancel(kept.id) is False
+        assert await bus.cancel("no such id") is False
+        with pytest.raises(UnknownEvent):
+            await bus.status(cancelled.id)
+
+
+async def test_handled_waits_until_due() -> None:
+    """`handled` of a scheduled event waits for it to be due and handled, or until it is cancelled."""
+    bus, recorder, outcomes = EventBus(":memory:"), Recorder(), Recorder()
+    bus.subscribe(Remind)(recorder.note)
+    async with bus:
+        receipt = await bus.publish(Remind("a"), due=SOON)
+        await receipt.handled(timeout=5)
+        assert recorder.seen == [Remind("a")]
+        never = await bus.publish(Remind("b"), due=LATER)
+        with pytest.raises(WaitTimeout):
+            await never.handled(timeout=0.02)
+
+        async def wait() -> None:
+            try:
+                await never.handled(timeout=5)
+            except UnknownEvent:
+                outcomes.add("unknown")
+            except WaitTimeout:
+                outcomes.add("timeout")
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            await bus.cancel(never.id)
+        assert outcomes.seen == ["unknown"]
+
+
+async def test_from_a_handler(any_db: str) -> None:
+    """What a handler publishes with `due`, it too is delivered in time: by Delivery.publish, and as a returned Draft."""
+    bus, recorder = EventBus(any_db), Recorder()
+
+    @bus.subscribe(Start)
+    async def begin(start: Start, delivery: Delivery) -> Draft:
+        delivery.publish(Remind("published"), due=SOON)
+        return Draft(Remind("returned"), due=2 * SOON)
+
+    bus.subscribe(Remind)(recorder.note)
+    async with bus:
+        await bus.publish(Start())
+        assert await recorder.wait_for(2, timeout=3) == [Remind("published"), Remind("returned")]
+
+
+async def test_the_next_one_changes() -> None:
+    """An event that is due sooner than all before is not held up by them."""
+    bus, recorder = EventBus(":memory:"), Recorder()
+    bus.subscribe(Remind)(recorder.note)
+    async with bus:
+        far = datetime.now(UTC) + LATER
+        await bus.publish(Remind("far"), due=far)
+        next_due = (await bus.stats()).next_due
+        assert next_due is not None
+        assert abs(next_due - far) < timedelta(milliseconds=1)
+        await bus.publish(Remind("near"), due=SOON)
+        assert await recorder.wait_for(1, timeout=3) == [Remind("near")]
+
+
+async def test_not_drained() -> None:
+    """drain does not wait for events that are due later."""
+    bus = EventBus(":memory:")
+    bus.subscribe(Remind)(Recorder().note)
+    async with bus:
+        await bus.publish(Remind("a"), due=LATER)
+        assert await bus.drain(timeout=2) == {}
+
+
+async def test_subscribed_before_it_is_due(db: str) -> None:
+    """An event is for the subscriptions that exist when it is due, since its position is given then."""
+    clock, recorder = MovableClock(), Recorder()
+    async with EventBus(db, clock=clock) as bus:
+        await bus.publish(Remind("a"), due=LATER)
+    late = EventBus(db, clock=clock)
+    late.subscribe(Remind, name="late")(recorder.note)
+    async with late:
+        pass
+    clock.move(2 * LATER)
+    async with late:
+        await recorder.wait_for(1)
