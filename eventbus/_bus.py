@@ -22,7 +22,18 @@ from eventbus._dead_letters import DeadLetters
 from eventbus._declared import Declared
 from eventbus._events import Registry
 from eventbus._model import DeliveryStatus, Envelope, Receipt, ReplaySummary, Stats, SubscriptionInfo
-from eventbus._options import Durability, check_counts, check_durability, check_numbers, check_spans, store_of
+from eventbus._options import (
+    Durability,
+    check_counts,
+    check_durability,
+    check_hooks,
+    check_instance_name,
+    check_methods,
+    check_numbers,
+    check_spans,
+    check_stop_timeout,
+    store_of,
+)
 from eventbus._replay import Point, Progress, Replay
 from eventbus._retry import RetryPolicy
 from eventbus._running import Running, Settings
@@ -93,15 +104,21 @@ class EventBus:
         check_spans(retention=retention, dedup_for=dedup_for)
         check_durability(durability)
         check_numbers(lease=lease)
+        check_instance_name(name)
+        hooks = list(hooks) if isinstance(hooks, Iterable) else hooks
+        check_hooks(hooks)
+        codec = JSONCodec() if codec is None else codec
+        check_methods(codec=codec, methods=("content_type", "prepare", "encode", "decode"))
+        clock = SystemClock() if clock is None else clock
+        check_methods(clock=clock, methods=("time", "monotonic"))
         self._store = store
         self._durability: Durability = durability
-        codec = JSONCodec() if codec is None else codec
         self._registry = Registry(codec.prepare)
         keeping = Keeping(
             None if retention is None else retention.total_seconds(), dedup_for.total_seconds(), _PRUNE_EVERY, lease / 3
         )
         self._settings = Settings(
-            name, workers, max_pending, max_event_bytes, keeping, tuple(hooks), clock or SystemClock(), codec, self._registry
+            name, workers, max_pending, max_event_bytes, keeping, tuple(hooks), clock, codec, self._registry
         )
         self._declared = Declared(self._registry)
         self._running: Running | None = None
@@ -207,6 +224,9 @@ class EventBus:
             StoreInUse, StoreTooNew, StoreUnsafe, StoreCorrupt, StoreUnavailable: the store cannot be used.
             InvalidSubscription: a stored subscription cannot be changed as declared.
         """
+        check_stop_timeout(stop_timeout)
+        if isinstance(dispatch, (str, bytes)) or not isinstance(dispatch, (bool, Iterable)):
+            raise ConfigurationError(f"dispatch={dispatch!r}; expected True, False, or a list of subscriptions")
         if isinstance(dispatch, bool):
             names = self._declared.names() if dispatch else set()
         else:

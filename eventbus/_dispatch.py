@@ -372,6 +372,15 @@ class Dispatcher:
             self._await_lanes.append(waiter)
             await waiter.wait()
 
+    def retype(self, stored: Subscribed) -> None:
+        """A type has joined a subscription."""
+        serving = self.servings.get(stored.name)
+        if serving is not None:
+            serving.retype(stored)
+            self.forget_routes()
+        elif stored.name in self.others:
+            self.others[stored.name] = (stored, self.others[stored.name][1])
+
     def forget_routes(self) -> None:
         """Subscriptions or their types have changed."""
         self._routes.clear()

@@ -7,6 +7,7 @@ anything is queued: one bad event cannot fail those of others.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
@@ -49,7 +50,7 @@ def headers(**values: str) -> Iterator[None]:
 
 
 def handler_context() -> Context:
-    """A copy of the caller's context for handlers to run in, without the headers in force here: theirs follow from what they handle."""
+    """A copy of the caller's context for handlers to run in, without its headers: theirs follow from what they handle."""
     context = copy_context()
     context.run(_added.set, {})
     return context
@@ -65,8 +66,9 @@ class Encoder:
         self._clock = clock
         self._max_bytes = max_event_bytes
         self._met: set[type] = set()
+        self._meeting = threading.Lock()
         self.on_new_type: Callable[[EventType], object] = lambda _kind: None
-        """Called with each type before its first record is returned."""
+        """Called with each type before its first record is returned; one call at a time."""
 
     def is_event(self, thing: object) -> bool:
         """Whether this could be published."""
@@ -97,8 +99,10 @@ class Encoder:
         """
         kind = self._registry.of(type(event))
         if kind.cls not in self._met:
-            self._met.add(kind.cls)
-            self.on_new_type(kind)
+            with self._meeting:  # another thread may go on only when the type has been told of
+                if kind.cls not in self._met:
+                    self.on_new_type(kind)
+                    self._met.add(kind.cls)
         data = self._encode(event, kind)
         if key is None and kind.key_field is not None:
             key = getattr(event, kind.key_field)

@@ -128,6 +128,11 @@ class Journal:
         """Records that wait to be written."""
         return self._size
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it still takes anything."""
+        return self._crash is None and not self._closing
+
     # -------------------------------------------------------------- on the loop
 
     async def append(self, records: Sequence[Record]) -> Sequence[Stored]:
@@ -342,7 +347,7 @@ class Journal:
         ticket.decided()
 
     def _admit_waiting(self) -> None:
-        # The room is theirs from here on: a caller who comes before they run must not take it, or a large group never has its turn.
+        # The room is theirs from here on: if a caller who comes before they run took it, a large group would never have its turn.
         while self._room and self._has_room(self._room[0][0]):
             count, waiter = self._room.popleft()
             self._size += count

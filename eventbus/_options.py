@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Literal
 
@@ -17,8 +18,11 @@ def store_of(store: str | os.PathLike[str] | Store | None, durability: Durabilit
     if store is None:
         raise ConfigurationError("no store: give a path to EventBus(…) or to open(…)")
     if not isinstance(store, (str, os.PathLike)):
+        check_methods(store=store, methods=("features", "open", "close", "commit", "read"))
         return store
     address = os.fspath(store)
+    if not address or not isinstance(address, str):
+        raise ConfigurationError(f"{store!r} cannot be a store; give the path of a SQLite file, or ':memory:'")
     if "://" in address:
         scheme = address.partition("://")[0]
         raise NotSupported(f"stores of the kind {scheme!r} are not there yet in this version; give a path to a SQLite file")
@@ -54,3 +58,29 @@ def check_numbers(**numbers: object) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ConfigurationError(f"{name}={value!r}; expected a number above 0")
+
+
+def check_stop_timeout(seconds: object) -> None:
+    """A number from 0."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+        raise ConfigurationError(f"stop_timeout={seconds!r}; expected seconds, from 0")
+
+
+def check_instance_name(name: object) -> None:
+    """A text that people can read, or None."""
+    if name is not None and (not isinstance(name, str) or not name or not name.isprintable()):
+        raise ConfigurationError(f"name={name!r}; expected a printable str, or None for host and process")
+
+
+def check_hooks(hooks: object) -> None:
+    """Each can be called."""
+    if not isinstance(hooks, (list, tuple)) or not all(callable(hook) for hook in hooks):
+        raise ConfigurationError(f"hooks={hooks!r:.80}; expected a list of callables, see eventbus.hooks")
+
+
+def check_methods(*, methods: Sequence[str], **parts: object) -> None:
+    """Each must have these methods."""
+    for name, part in parts.items():
+        missing = [method for method in methods if not hasattr(part, method)]
+        if missing:
+            raise ConfigurationError(f"{name}={part!r:.80} cannot be a {name}: it has no {', '.join(missing)}")

@@ -36,6 +36,7 @@ class Waiting:
 
     async def handled(self, record: Record | None, receipt: Receipt, timeout: float | None) -> None:
         """See `Receipt.handled`. The record is at hand unless the receipt is that of a duplicate."""
+        self._dispatcher.environment.loop.check()
         with anyio.move_on_after(math.inf if timeout is None else timeout) as scope:
             await self._handled(record, receipt)
         if scope.cancelled_caught:

@@ -1,10 +1,10 @@
 """What the behaviour tests share: something to write down what handlers saw, and to wait for it without sleeping.
 
-    recorder = Recorder()
-    bus.subscribe(Placed)(recorder.note)        # or call recorder.add(x) in a handler of your own, from any thread
-    async with bus:
-        await bus.publish(Placed("o-1"))
-        assert await recorder.wait_for(1) == [Placed("o-1")]
+recorder = Recorder()
+bus.subscribe(Placed)(recorder.note)        # or call recorder.add(x) in a handler of your own, from any thread
+async with bus:
+    await bus.publish(Placed("o-1"))
+    assert await recorder.wait_for(1) == [Placed("o-1")]
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import anyio
 from eventbus import RetryPolicy
 from eventbus._clock import SystemClock
 from eventbus._loop import current_loop
-from eventbus.stores.base import Batch, Committed
+from eventbus.errors import StoreBusy
+from eventbus.stores.base import Batch, Committed, Register
 from eventbus.stores.sqlite import SQLiteStore
 
 NO_RETRY = RetryPolicy(attempts=1)
@@ -95,6 +96,34 @@ class GatedStore(SQLiteStore):
             self.arrived.add(sum(len(group) for group in batch.appends))
             self._gate.wait(10)
         return super().commit(batch)
+
+
+class RefusingStore(SQLiteStore):
+    """A SQLite store in memory that refuses a number of transactions that register subscriptions, as busy.
+
+    Attributes:
+        registered: notes each registration that was committed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(":memory:")
+        self.registered = Recorder()
+        self._refusals = 0
+
+    def refuse(self, count: int) -> None:
+        """Refuse as many from now on."""
+        self._refusals = count
+
+    def commit(self, batch: Batch) -> Committed:
+        """Commit, or refuse."""
+        registers = [command for command in batch.commands if isinstance(command, Register)]
+        if registers and self._refusals:
+            self._refusals -= 1
+            raise StoreBusy("refused by the test")
+        committed = super().commit(batch)
+        for command in registers:
+            self.registered.add(command)
+        return committed
 
 
 class MovableClock:

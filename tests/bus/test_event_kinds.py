@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 from abc import ABC, abstractmethod
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -19,16 +21,23 @@ import pytest
 from eventbus import (
     ConfigurationError,
     Delivery,
+    Draft,
     Envelope,
     EventBus,
     EventBusError,
+    HandlingFailed,
     InvalidEvent,
     InvalidEventType,
     InvalidSubscription,
+    StoreBusy,
     UnknownEventType,
     event,
 )
-from tests.bus.support import NO_RETRY, Recorder
+from tests.bus.support import NO_RETRY, Recorder, RefusingStore
+
+passed_by = pytest.mark.xfail(
+    reason="a class-based subscription forgets subclasses that the program does not know, and its lane passes their events by"
+)
 
 T = TypeVar("T")
 
@@ -210,10 +219,10 @@ async def test_names_and_versions() -> None:
         lambda: event("a\nb"),
         lambda: event("\ud800"),
         lambda: event("n" * 256),
-        lambda: event(5),
+        lambda: event(5),  # type: ignore[call-overload]
         lambda: event("a", version=0),
         lambda: event("a", version=True),
-        lambda: event("a", version="1"),
+        lambda: event("a", version="1"),  # type: ignore[call-overload]
     ],
 )
 def test_bad_names(make: Any) -> None:
@@ -271,8 +280,6 @@ async def test_newer_version_waits(db: str) -> None:
         return Versioned
 
     old, new = make(1), make(2)
-    async with EventBus(db) as bus:
-        pass
     registering = EventBus(db)
     registering.subscribe(old, name="take")(Recorder().note)
     async with registering:
@@ -331,11 +338,11 @@ async def test_patterns(any_db: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["type", "key", "log", "none"])
-async def test_patterns_in_every_order(db: str, order: str) -> None:
+async def test_patterns_in_every_order(db: str, order: Any) -> None:
     """A subscription to "*" gets every event of types that come up while it runs, in every order, and after a restart."""
     bus, recorder = EventBus(db), Recorder()
 
-    @bus.subscribe("*", order=order)  # type: ignore[arg-type]
+    @bus.subscribe("*", order=order)
     async def take(envelope: Envelope) -> None:
         recorder.add(envelope.position)
 
@@ -430,7 +437,7 @@ async def test_abstract_bases() -> None:
         pass
 
     bus, shapes, marked = EventBus(":memory:"), Recorder(), Recorder()
-    bus.subscribe(Shape, name="shapes")(shapes.note)  # type: ignore[type-abstract]
+    bus.subscribe(Shape, name="shapes")(shapes.note)
     bus.subscribe(Marker, name="marked")(marked.note)
     async with bus:
         await bus.publish(Square(2.0))
@@ -446,7 +453,7 @@ async def test_abstract_bases() -> None:
 
 @pytest.mark.parametrize("order", ["type", "key", "log", "none"])
 @pytest.mark.parametrize("where", ["outside", "async handler", "plain handler"])
-async def test_subclasses_that_come_up_later(any_db: str, order: str, where: str) -> None:
+async def test_subclasses_that_come_up_later(any_db: str, order: Any, where: str) -> None:
     """A subclass made while the bus runs is delivered from its first event on, published by a handler or from outside."""
 
     @attrs.frozen
@@ -458,7 +465,7 @@ async def test_subclasses_that_come_up_later(any_db: str, order: str, where: str
         pass
 
     bus, recorder = EventBus(any_db), Recorder()
-    bus.subscribe(Base, order=order, name="base")(recorder.note)  # type: ignore[call-overload]
+    bus.subscribe(Base, order=order, name="base")(recorder.note)
 
     @attrs.frozen
     class Before(Base):
@@ -494,6 +501,86 @@ async def test_subclasses_that_come_up_later(any_db: str, order: str, where: str
         assert {type(each).__name__ for each in recorder.seen} == {"Base", "Before", "Late1", "Late2", "Late3"}
 
 
+async def test_subclasses_from_many_threads() -> None:
+    """Subclasses first seen by many threads at once are all delivered, none is taken for known before it is."""
+
+    @attrs.frozen
+    class Base:
+        x: int
+
+    @attrs.frozen
+    class Go:
+        x: int
+
+    bus, seen = EventBus(":memory:"), Recorder()
+    bus.subscribe(Base, order="log", name="base")(seen.note)
+    gate = threading.Barrier(8)
+    fresh: dict[int, Any] = {}
+    lock = threading.Lock()
+
+    @bus.subscribe(Go, order="none", concurrency=8)
+    def go(go: Go) -> Any:
+        gate.wait(5)
+        with lock:
+            kind = fresh.setdefault(go.x // 4, None) or attrs.frozen(type(f"Fresh{go.x // 4}", (Base,), {"__module__": __name__}))
+            fresh[go.x // 4] = kind
+        return kind(go.x)
+
+    async with bus:
+        await bus.publish_many([Go(x) for x in range(64)])
+        assert await bus.drain(timeout=10) == {}
+        assert sorted(each.x for each in seen.seen) == list(range(64))
+
+
+async def test_subclass_first_published_without_dispatch(db: str) -> None:
+    """Published where its subscription is not dispatched, a new subclass is not missed, nor said to be handled."""
+
+    @attrs.frozen
+    class Base:
+        x: int
+
+    bus, recorder = EventBus(db), Recorder()
+    bus.subscribe(Base)(recorder.note)
+    async with bus.open(dispatch=False):
+
+        @attrs.frozen
+        class Later(Base):
+            pass
+
+        receipt = await bus.publish(Later(1))
+        with pytest.raises(HandlingFailed) as caught:
+            await receipt.handled(timeout=5)
+        assert list(caught.value.blocked.values()) == ["not dispatched here"]
+    async with bus:
+        assert await recorder.wait_for(1) == [Later(1)]
+
+
+@pytest.mark.parametrize("order", ["type", "key", "log", "none"])
+async def test_a_subclass_that_cannot_join_at_once(order: Any) -> None:
+    """If a new subclass cannot be registered for the moment, it is tried again: the subscription is not without it for good."""
+
+    @attrs.frozen
+    class Base:
+        x: int
+
+    store, recorder = RefusingStore(), Recorder()
+    bus = EventBus(store)
+    bus.subscribe(Base, order=order)(recorder.note)
+    async with bus:
+
+        @attrs.frozen
+        class Later(Base):
+            pass
+
+        store.refuse(1)
+        with contextlib.suppress(StoreBusy):
+            await bus.publish(Later(0))
+        await store.registered.wait_for(2)  # of which the first is that of the start
+        receipt = await bus.publish(Later(1))
+        await receipt.handled(timeout=5)
+        assert Later(1) in recorder.seen
+
+
 async def test_subclasses_after_a_restart(db: str) -> None:
     """What a running bus has taken on as a subclass is delivered after a restart as well, from where it was left."""
 
@@ -523,6 +610,42 @@ async def test_subclasses_after_a_restart(db: str) -> None:
         assert await recorder.wait_for(6) == list(range(6))
 
 
+@pytest.mark.parametrize("order", ["type", *(pytest.param(order, marks=passed_by) for order in ("key", "log", "none"))])
+async def test_subclasses_that_a_program_does_not_know(db: str, order: Any) -> None:
+    """Events of a subclass that a program in between has not imported wait for one that has; they are not passed by."""
+
+    def program(*, knows: bool) -> tuple[Any, Any]:
+        @event("base")
+        @attrs.frozen
+        class Base:
+            x: int
+
+        if not knows:
+            return Base, None
+
+        @event("later")
+        @attrs.frozen
+        class Later(Base):
+            pass
+
+        return Base, Later
+
+    base, later = program(knows=True)
+    first = EventBus(db)
+    first.subscribe(base, order=order, name="take")(Recorder().note)
+    async with first.open():
+        pass
+    async with first.open(dispatch=False):
+        await first.publish_many([Draft(kind(n), key="k") for n, kind in enumerate([later, base, later, base])])
+    recorder = Recorder()
+    for knows in (False, True):
+        bus = EventBus(db)
+        bus.subscribe(program(knows=knows)[0], order=order, name="take")(recorder.note)
+        async with bus:
+            await bus.drain(timeout=1)
+    assert sorted(each.x for each in recorder.seen) == [0, 1, 2, 3]
+
+
 async def test_several_types() -> None:
     """One subscription may take several types; with order "log" in the order of the log."""
     bus, recorder = EventBus(":memory:"), Recorder()
@@ -534,14 +657,9 @@ async def test_several_types() -> None:
         assert await recorder.wait_for(5) == events
 
 
-@pytest.mark.parametrize("thing", [int, str, object, dict, list[int], "ok | bad", 5, None], ids=str)
+@pytest.mark.parametrize("thing", [object, list[int], OrderCreated | OrderPaid, 5, None, [OrderCreated], OrderPaid()], ids=str)
 def test_no_event_types(thing: Any) -> None:
     """What can have no events is refused when it is subscribed to."""
-    if thing in (int, str, dict):  # classes whose subclasses might be events
-        EventBus(":memory:").subscribe(thing)
-        return
-    if isinstance(thing, str):
-        return
     with pytest.raises(ConfigurationError):
         EventBus(":memory:").subscribe(thing)
 
@@ -553,8 +671,8 @@ async def test_unresolvable_annotations() -> None:
     class Broken:
         part: Missing  # type: ignore[name-defined]  # noqa: F821
 
-    with pytest.raises(InvalidEventType, match="part.*Missing"):
+    with pytest.raises(InvalidEventType, match=r"part.*Missing"):
         EventBus(":memory:").subscribe(Broken)
     async with EventBus(":memory:") as bus:
-        with pytest.raises(EventBusError, match="part.*Missing"):
+        with pytest.raises(EventBusError, match=r"part.*Missing"):
             await bus.publish(Broken(5))

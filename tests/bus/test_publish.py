@@ -16,7 +16,18 @@ import msgspec
 import pydantic
 import pytest
 
-from eventbus import Delivery, Draft, Envelope, EventBus, HandlingFailed, InvalidEvent, InvalidEventType, Reject, WaitTimeout, event
+from eventbus import (
+    Delivery,
+    Draft,
+    Envelope,
+    EventBus,
+    HandlingFailed,
+    InvalidEvent,
+    InvalidEventType,
+    Reject,
+    WaitTimeout,
+    event,
+)
 from tests.bus.support import NO_RETRY, Recorder
 
 
@@ -372,7 +383,7 @@ async def test_hostile_payloads(kind: Callable[..., Any]) -> None:
 async def test_path_to_the_field() -> None:
     """InvalidEvent gives the path to a value deep inside."""
     async with EventBus(":memory:") as bus:
-        with pytest.raises(InvalidEvent, match="attrs.kind") as caught:
+        with pytest.raises(InvalidEvent, match=r"attrs\.kind") as caught:
             await bus.publish(AttrsKind(lines=[Line(1.0), Line(math.nan)]))
         assert caught.value.field == "lines[1].price"
 
