@@ -50,8 +50,10 @@ class Declared:
 
     def _wanted(self, subscription: Subscription, dispatched: bool) -> Wanted:
         start = subscription.start.timestamp() if isinstance(subscription.start, datetime) else subscription.start
-        types = (*sorted(set(self.patterns(subscription.classes))), *subscription.patterns)
-        registration = Registration(subscription.name, types, subscription.order, subscription.concurrency, start)
+        own = {kind.cls: kind.name for cls in subscription.classes for kind in self._registry.subclasses(cls)}
+        derived = tuple(sorted(name for cls, name in own.items() if cls not in subscription.classes))
+        types = (*sorted(own.values()), *subscription.patterns)
+        registration = Registration(subscription.name, types, subscription.order, subscription.concurrency, start, derived)
         return Wanted(subscription, registration, dispatched)
 
     # -------------------------------------------------------------- looking up

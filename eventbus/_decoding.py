@@ -25,6 +25,10 @@ class Decoder:
         self._registry = registry
         self._codec = codec
 
+    def knows(self, type: str) -> bool:
+        """Whether there is a class for this name."""
+        return self._registry.by_name(type) is not None
+
     def event(self, record: Record) -> object:
         """The event of a record.
 

@@ -51,7 +51,7 @@ class Serving:
     def __init__(self, dispatcher: Dispatcher, options: Subscription, stored: Subscribed) -> None:
         self._dispatcher = dispatcher
         self.options = options
-        self.types = stored.types
+        self.types = self._types_of(stored)
         self.since = dict(stored.since)
         self.paused = stored.paused
         self.created_at = stored.created_at
@@ -74,6 +74,14 @@ class Serving:
 
     # -------------------------------------------------------------- types and lanes
 
+    def _types_of(self, stored: Subscribed) -> tuple[str, ...]:
+        """The types that it declares, and the subclasses of them that another program knew and this one has not imported.
+
+        The events of these must not be passed by, so the lane waits at them.
+        """
+        knows = self._dispatcher.decoder.knows
+        return (*stored.types, *(t for t in stored.derived if t not in stored.types and not knows(t)))
+
     def wants(self, type: str) -> bool:
         """Whether events of this type are for it."""
         return any(type_matches(pattern, type) for pattern in self.types)
@@ -92,7 +100,7 @@ class Serving:
 
     def retype(self, stored: Subscribed) -> None:
         """A type has joined it."""
-        self.types, self.since = stored.types, dict(stored.since)
+        self.types, self.since = self._types_of(stored), dict(stored.since)
         self._starts.clear()
         for lane in self.lanes.values():
             if isinstance(lane.log, LooseSource):

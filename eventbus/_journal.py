@@ -271,9 +271,8 @@ class Journal:
                     break
                 if pending.units:
                     due = max(0.0 if pending.urgent else self._last_commit + OUTCOME_INTERVAL, self._retry_at)
-                    if self._closing or due <= now:
-                        break
-                    self._condition.wait(due - now)
+                    if self._closing or due <= now or not self._condition.wait(due - now):
+                        break  # also when the wait is over by the machine's clock, and not by the one that was given
                 elif self._closing:
                     return None
                 else:

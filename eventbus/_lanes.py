@@ -350,13 +350,12 @@ class Lane:
         level = logging.INFO if delay is not None else logging.WARNING
         _log.log(
             level,
-            "%s: attempt %d of %s at %d failed: %s: %s%s",
+            "%s: attempt %d of %s at %d failed: %s%s",
             options.name,
             attempt.number,
             record.type,
             record.position,
-            type(error).__name__,
-            error,
+            summary_of(error),
             "" if delay is None else f"; next in {delay:.2f} s",
         )
         return Failure(attempt, error, delay, final, self.environment.clock.time())
@@ -511,7 +510,7 @@ def death_of(failure: Failure, attempts: int, first_failed_at: float | None) -> 
     text = "".join(traceback.format_exception(error))
     return Death(
         type(error).__name__,
-        _printable(str(error))[:_MESSAGE],
+        _message_of(error)[:_MESSAGE],
         _printable(text)[-_TRACEBACK:],
         attempts,
         failure.now if first_failed_at is None else first_failed_at,
@@ -530,7 +529,15 @@ def conflict_of(attempt: Attempt, published: Sequence[Record], now: float) -> De
 
 def summary_of(error: BaseException) -> str:
     """An error in one line, for people who look into the tables."""
-    return _printable(f"{type(error).__name__}: {error}")[:_MESSAGE]
+    return f"{type(error).__name__}: {_message_of(error)}"[:_MESSAGE]
+
+
+def _message_of(error: BaseException) -> str:
+    """The error's message, as text that can be stored; errors are made by users, and may fail at that, too."""
+    try:
+        return _printable(str(error))
+    except Exception as second:  # noqa: BLE001  # whatever it is
+        return f"(its message cannot be made: {type(second).__name__})"
 
 
 def _printable(text: str) -> str:

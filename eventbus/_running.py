@@ -223,7 +223,8 @@ class Running:
             registration = wanted.registration
             if kind.name in registration.types or not issubclass(kind.cls, wanted.options.classes):
                 continue
-            joined = attrs.evolve(registration, types=(*registration.types, kind.name))
+            types, derived = (*registration.types, kind.name), (*registration.derived, kind.name)
+            joined = attrs.evolve(registration, types=types, derived=derived)
             self._replace(wanted, joined)
             self._join(joined)
 

@@ -13,8 +13,12 @@ from collections.abc import Callable
 
 import anyio
 
-from eventbus._clock import Clock
+from eventbus._clock import Clock, SystemClock
 from eventbus._loop import Loop
+
+
+LOOK = 0.01
+"""Seconds, by the machine, after which a clock that was given is looked at again: it may go at its own pace, or by hand."""
 
 
 class Timers:
@@ -26,6 +30,7 @@ class Timers:
         self._heap: list[tuple[float, int, Callable[[], object]]] = []
         self._tie = itertools.count()
         self._wake = loop.waiter()
+        self._longest = math.inf if isinstance(clock, SystemClock) else LOOK
 
     def at(self, monotonic: float, function: Callable[[], object]) -> None:
         """Call a function once the monotonic clock shows `monotonic`. The function must not raise."""
@@ -46,6 +51,6 @@ class Timers:
                 heapq.heappop(self._heap)[2]()
             delay = self._heap[0][0] - self._clock.monotonic() if self._heap else math.inf
             if delay > 0:
-                with anyio.move_on_after(delay):
+                with anyio.move_on_after(min(delay, self._longest)):
                     await self._wake.wait()
             self._wake = self._loop.waiter()

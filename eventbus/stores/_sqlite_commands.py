@@ -88,11 +88,14 @@ class Commands:
         start = self._start(wanted.start, head)
         since = dict.fromkeys(wanted.types, start)
         created = to_micros(self._now)
-        subscribed = Subscribed(wanted.name, wanted.types, since, wanted.order, wanted.concurrency, None, None, created)
+        derived = tuple(sorted(wanted.derived))
+        subscribed = Subscribed(
+            wanted.name, wanted.types, since, wanted.order, wanted.concurrency, None, None, created, derived
+        )
         self._connection.execute(
-            'INSERT INTO subscriptions (name, types, since, "order", concurrency, generation, paused, paused_at, created_at) '
-            "VALUES (?, ?, ?, ?, ?, 1, NULL, NULL, ?)",
-            (wanted.name, _json(wanted.types), _json(since), wanted.order, wanted.concurrency, created),
+            'INSERT INTO subscriptions (name, types, since, "order", concurrency, generation, paused, paused_at, created_at, derived) '
+            "VALUES (?, ?, ?, ?, ?, 1, NULL, NULL, ?, ?)",
+            (wanted.name, _json(wanted.types), _json(since), wanted.order, wanted.concurrency, created, _json(derived)),
         )
         return subscribed
 
@@ -112,12 +115,15 @@ class Commands:
             since = dict.fromkeys(since, head)
         for pattern in wanted.types:
             since.setdefault(pattern, head)
-        subscribed = attrs.evolve(known, types=wanted.types, since=since, order=wanted.order, concurrency=wanted.concurrency)
+        derived = tuple(sorted({*known.derived, *wanted.derived}))
+        subscribed = attrs.evolve(
+            known, types=wanted.types, since=since, order=wanted.order, concurrency=wanted.concurrency, derived=derived
+        )
         if subscribed != known:
             self._connection.execute(
-                'UPDATE subscriptions SET types = ?, since = ?, "order" = ?, concurrency = ?, generation = generation + ? '
+                'UPDATE subscriptions SET types = ?, since = ?, "order" = ?, concurrency = ?, generation = generation + ?, derived = ? '
                 "WHERE name = ?",
-                (_json(wanted.types), _json(since), wanted.order, wanted.concurrency, int(changed), known.name),
+                (_json(wanted.types), _json(since), wanted.order, wanted.concurrency, int(changed), _json(derived), known.name),
             )
         return subscribed
 

@@ -274,16 +274,17 @@ def dead_letter_of(row: DeadRow) -> DeadLetterRow:
 # ------------------------------------------------------------------ subscriptions
 
 SUBSCRIPTION_JSON = (
-    f'json_array(name, json(types), json(since), "order", concurrency, paused, {_micros("paused_at")}, {_micros("created_at")})'
+    f'json_array(name, json(types), json(since), "order", concurrency, paused, {_micros("paused_at")}, {_micros("created_at")}, '
+    "json(derived))"
 )
-SubscriptionRow = tuple[str, tuple[str, ...], dict[str, int], Order, int, str | None, int | None, int]
+SubscriptionRow = tuple[str, tuple[str, ...], dict[str, int], Order, int, str | None, int | None, int, tuple[str, ...]]
 SUBSCRIPTION_ROWS = msgspec.json.Decoder(list[SubscriptionRow])
 
 
 def subscribed_of(row: SubscriptionRow) -> Subscribed:
     """A subscription from its row."""
-    name, types, since, order, concurrency, paused, paused_at, created_at = row
-    return Subscribed(name, types, since, order, concurrency, paused, _seconds(paused_at), created_at / 1e6)
+    name, types, since, order, concurrency, paused, paused_at, created_at, derived = row
+    return Subscribed(name, types, since, order, concurrency, paused, _seconds(paused_at), created_at / 1e6, derived)
 
 
 def one(

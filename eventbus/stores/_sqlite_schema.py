@@ -61,6 +61,7 @@ _FIRST = (
     name TEXT NOT NULL PRIMARY KEY,
     types TEXT NOT NULL, -- JSON: names and patterns
     since TEXT NOT NULL, -- JSON: pattern to the position after which it begins
+    derived TEXT NOT NULL, -- JSON: types that joined it as subclasses
     "order" TEXT NOT NULL,
     concurrency INTEGER NOT NULL,
     generation INTEGER NOT NULL, -- one more with each change of order or concurrency

@@ -242,6 +242,7 @@ class Registration:
 
     Attributes:
         types: exact names and patterns.
+        derived: those of `types` that are there as subclasses of a class that was given.
         start: where a *new* subscription begins: "now" (the head of this transaction), "beginning", unix seconds as a float
             (with the first event at or after it), or a position as an int (with the event after it). A type that joins a
             stored subscription begins at the head.
@@ -252,6 +253,7 @@ class Registration:
     order: Order
     concurrency: int
     start: str | float | int = "now"
+    derived: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -260,6 +262,7 @@ class Subscribed:
 
     Attributes:
         since: for each pattern it was ever registered with, the position after which it begins.
+        derived: the types that ever joined it as subclasses; a program need not know them all.
         paused: the reason, or None. paused_at, created_at: unix seconds.
     """
 
@@ -271,6 +274,7 @@ class Subscribed:
     paused: str | None
     paused_at: float | None
     created_at: float
+    derived: tuple[str, ...] = ()
 
 
 @attrs.frozen

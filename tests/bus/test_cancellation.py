@@ -234,6 +234,33 @@ async def test_native_waiting_for_room(db: str) -> None:
 
 
 @only_asyncio
+async def test_native_as_room_is_given(db: str) -> None:
+    """asyncio: a publish that is cancelled just when it was given room, before it could run, stores nothing and gives it back."""
+    store = GatedStore(db)
+    bus = EventBus(store, max_pending=1)
+    async with bus:
+        second = Publisher(bus)
+        tasks: list[asyncio.Task[None]] = []
+
+        async def first() -> None:
+            await bus.publish(Placed("a"))
+            tasks[1].cancel()  # its turn has come in the same step of the loop
+
+        store.hold()
+        tasks.append(asyncio.create_task(first()))
+        await store.arrived.wait_for(1)
+        tasks.append(asyncio.create_task(second.publish("b")))
+        await anyio.wait_all_tasks_blocked()
+        store.release()
+        await asyncio.wait(tasks)
+        assert second.ended.seen == ["task cancelled"]
+        with anyio.fail_after(2):
+            await bus.publish(Placed("c"))
+            assert (await bus.stats()).pending == 0
+        assert await orders(bus) == ["a", "c"]
+
+
+@only_asyncio
 async def test_native_timeout_and_wait_for() -> None:
     """asyncio.timeout and wait_for around a publish raise TimeoutError once it is decided, and leave the task uncancelled."""
     store = GatedStore()
