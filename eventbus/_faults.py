@@ -230,7 +230,9 @@ def _pairs(before: Any, after: Any) -> Iterable[tuple[str, Any, Any]] | None:
     if isinstance(before, Mapping):
         return [(f"[{k!r}]", before[k], after[k]) for k in before] if before.keys() == after.keys() else None
     if isinstance(before, (list, tuple)):
-        return [(f"[{i}]", b, a) for i, (b, a) in enumerate(zip(before, after, strict=True))] if len(before) == len(after) else None
+        return (
+            [(f"[{i}]", b, a) for i, (b, a) in enumerate(zip(before, after, strict=True))] if len(before) == len(after) else None
+        )
     if family_of(type(before)) is None:
         return None
     names = [*_compared(type(before)), *(getattr(before, "__pydantic_extra__", None) or {})]

@@ -80,9 +80,7 @@ def fields_of(form: Any) -> tuple[Field, ...]:
     cls = get_origin(form) or form
     family = family_of(cls)
     if family == "pydantic":
-        return tuple(
-            Field(name, name, info.annotation, required=info.is_required()) for name, info in cls.model_fields.items()
-        )
+        return tuple(Field(name, name, info.annotation, required=info.is_required()) for name, info in cls.model_fields.items())
     hints = hints_of(cls)
     variables = _variables(cls, get_args(form))
     fields = {"attrs": _attrs_fields, "dataclass": _dataclass_fields, "struct": _struct_fields}[str(family)](cls, hints)

@@ -72,11 +72,12 @@ class Listener(Protocol):
 
 @attrs.define(eq=False)
 class _Ticket:
-    """A caller who waits: for a group of records, or for a command."""
+    """A caller who waits: for a group of records, or for a command. `kept`: the command is not given up with a failed commit."""
 
     decided: Callable[[], object]
     records: Sequence[Record] = ()
     command: Command[object] | None = None
+    kept: bool = False
     result: object = None
 
 
@@ -86,6 +87,7 @@ class _Pending:
 
     appends: list[_Ticket] = attrs.field(factory=list)
     commands: list[_Ticket] = attrs.field(factory=list)
+    again: list[_Ticket] = attrs.field(factory=list)  # submitted commands that could not be written before
     units: list[tuple[Settling, Unit, int]] = attrs.field(factory=list)
     last: dict[tuple[str, str], int] = attrs.field(factory=dict)  # index in units of each lane's newest, for coalescing
     jobs: list[Callable[[], object]] = attrs.field(factory=list)
@@ -169,13 +171,14 @@ class Journal:
     def submit(self, command: Command[T], then: Callable[[T | Exception], object]) -> None:
         """Have a command carried out before whatever is queued after it; from any thread.
 
-        `then` is called on the loop with the result, before the events of its transaction are announced.
+        If the store fails for now, it is tried again, still before what comes later. `then` is called on the loop with the
+        result, before the events of its transaction are announced; or with an error, when it is given up.
         """
-        ticket = self._submit(command, lambda: then(cast("T | Exception", ticket.result)))
+        ticket = self._submit(command, lambda: then(cast("T | Exception", ticket.result)), kept=True)
 
-    def _submit(self, command: Command[T], decided: Callable[[], object]) -> _Ticket:
+    def _submit(self, command: Command[T], decided: Callable[[], object], *, kept: bool = False) -> _Ticket:
         self._check()
-        ticket = _Ticket(decided, command=cast("Command[object]", command))
+        ticket = _Ticket(decided, command=cast("Command[object]", command), kept=kept)
         with self._condition:
             self._pending.commands.append(ticket)
             self._condition.notify()
@@ -269,7 +272,7 @@ class Journal:
                 pending, now = self._pending, self._clock.monotonic()
                 if pending.appends or pending.commands or pending.jobs:
                     break
-                if pending.units:
+                if pending.units or pending.again:
                     due = max(0.0 if pending.urgent else self._last_commit + OUTCOME_INTERVAL, self._retry_at)
                     if self._closing or due <= now or not self._condition.wait(due - now):
                         break  # also when the wait is over by the machine's clock, and not by the one that was given
@@ -278,6 +281,7 @@ class Journal:
                 else:
                     self._condition.wait()
             self._pending = _Pending()
+            pending.commands[:0] = pending.again
             return pending
 
     def _batch(self, pending: _Pending) -> Batch:
@@ -289,10 +293,12 @@ class Journal:
         )
 
     def _put_back(self, pending: _Pending, error: EventBusError) -> None:
-        """Outcomes are not lost with a failed commit: they go before those that came meanwhile."""
+        """Outcomes and submitted commands are not lost with a failed commit: they go before those that came meanwhile."""
         with self._condition:
             if not isinstance(error, _PASSING) or self._closing:
                 return
+            self._pending.again = [ticket for ticket in pending.commands if ticket.kept]
+            pending.commands = [ticket for ticket in pending.commands if not ticket.kept]
             self._retry_at = self._clock.monotonic() + RETRY_INTERVAL
             later, self._pending.units, self._pending.last = self._pending.units, list(pending.units), {}
             for lane, unit, serial in later:
@@ -333,7 +339,7 @@ class Journal:
             self._decide(ticket, _again(error, ()))
         if self.listener is not None:
             if self._crash is not None:
-                self.listener.crashed(self._crash, told=bool(pending.appends or pending.commands))
+                self.listener.crashed(self._crash, told=bool(pending.appends))
             elif pending.units and not self._halted:
                 self._halted = True
                 _log.error("outcomes cannot be written, dispatch waits: %s", error)

@@ -344,9 +344,7 @@ class Lane:
         if not final:
             delay = next_delay(self.holder.options.retry, attempt.number, error, self.environment.random)
         options, record = self.holder.options, attempt.record
-        self.environment.notify(
-            AttemptFailed(options.name, record.type, record.position, attempt.number, error, delay)
-        )
+        self.environment.notify(AttemptFailed(options.name, record.type, record.position, attempt.number, error, delay))
         level = logging.INFO if delay is not None else logging.WARNING
         _log.log(
             level,

@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("eventbus")
 
-_AGAIN = 0.5
-"""Seconds after which a lane that could not be claimed is claimed again."""
-
 
 @attrs.frozen
 class Wanted:
@@ -48,9 +45,7 @@ class Wanted:
     dispatched: bool
 
 
-async def recover(
-    dispatcher: Dispatcher, journal: Journal, reader: Reader, instance: Instance, wanted: Sequence[Wanted]
-) -> None:
+async def recover(dispatcher: Dispatcher, journal: Journal, reader: Reader, instance: Instance, wanted: Sequence[Wanted]) -> None:
     """Register, claim, and build the lanes; they do not run yet."""
     await journal.command(Beat(instance))
     stored = await journal.command(Register(tuple(w.registration for w in wanted)))
@@ -106,14 +101,10 @@ def claim_lane(dispatcher: Dispatcher, journal: Journal, instance: Instance, ser
         return
     serving.claiming.add(type)
 
-    def again() -> None:
-        claim_lane(dispatcher, journal, instance, serving, type)
-
     def claimed(result: tuple[LaneState, ...] | Exception) -> None:
         serving.claiming.discard(type)
         if isinstance(result, Exception):
-            _log.error("%s: the lane %r could not be claimed, trying again: %s", serving.options.name, type, result)
-            dispatcher.environment.timers.after(_AGAIN, again)
+            _log.error("%s: the lane %r could not be claimed: %s", serving.options.name, type, result)
         elif serving.options.name in dispatcher.servings and not dispatcher.closing:
             dispatcher.add_lane(serving, result[0]).log.intake.feed.read()
         dispatcher.lanes_changed()

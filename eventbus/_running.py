@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("eventbus")
 
-_JOIN_AGAIN = 0.5
-"""Seconds after which a type that could not join a subscription is tried again."""
 
 WAITING_BYTES = 16 * 1024 * 1024
 """Bytes of events that wait in lanes, over the whole bus."""
@@ -226,27 +224,18 @@ class Running:
             types, derived = (*registration.types, kind.name), (*registration.derived, kind.name)
             joined = attrs.evolve(registration, types=types, derived=derived)
             self._replace(wanted, joined)
-            self._join(joined)
-
-    def _join(self, registration: Registration) -> None:
-        self.journal.submit(Register((registration,)), lambda result: self._on_joined(registration, result))
+            self.journal.submit(Register((joined,)), self._on_joined)
 
     def _replace(self, wanted: Wanted, registration: Registration) -> None:
         changed = attrs.evolve(wanted, registration=registration)
         self._wanted = [changed if each is wanted else each for each in self._wanted]
 
-    def _on_joined(self, registration: Registration, result: tuple[Subscribed, ...] | Exception) -> None:
+    def _on_joined(self, result: tuple[Subscribed, ...] | Exception) -> None:
         if isinstance(result, Exception):
-            _log.error("a type could not join the subscription %r, trying again: %s", registration.name, result)
-            self.timers.after(_JOIN_AGAIN, lambda: self._join_again(registration.name))
+            _log.error("a type could not join its subscriptions: %s", result)
             return
         for stored in result:
             self.dispatcher.retype(stored)
-
-    def _join_again(self, name: str) -> None:
-        for wanted in self._wanted:  # it may have been removed, or have taken on more meanwhile
-            if wanted.options.name == name and self.journal.is_open:
-                self._join(wanted.registration)
 
     async def forget(self, name: str) -> None:
         """A subscription has been removed."""

@@ -105,9 +105,7 @@ class Status:
         for stored in await self._reader.ask(Subscriptions()):
             state, reason = self._state(stored)
             created = to_datetime(stored.created_at)
-            infos.append(
-                SubscriptionInfo(stored.name, stored.types, stored.order, stored.concurrency, state, reason, created)
-            )
+            infos.append(SubscriptionInfo(stored.name, stored.types, stored.order, stored.concurrency, state, reason, created))
         return infos
 
     async def stats(self) -> Stats:

@@ -42,9 +42,7 @@ class Keeping:
 class Upkeep:
     """Three loops that run as long as the bus is open."""
 
-    def __init__(
-        self, dispatcher: Dispatcher, journal: Journal, reader: Reader, instance: Instance, keeping: Keeping
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, journal: Journal, reader: Reader, instance: Instance, keeping: Keeping) -> None:
         self._dispatcher = dispatcher
         self._environment = dispatcher.environment
         self._journal = journal
@@ -115,5 +113,3 @@ class Upkeep:
                 return
             except EventBusError as error:
                 _log.error("this instance could not show that it is alive, trying again: %s", error)
-
-

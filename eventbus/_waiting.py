@@ -155,5 +155,7 @@ class Waiting:
             if not lane.clear_to(head):
                 types, slots = serving.reads(lane)
                 lag, _ = await self._reader.ask(Lag(lane.stored, types, slots, until=head))
-                count += max(0, lag - len(lane.log.done())) + (lane.log.waiting if serving.options.order in ("key", "none") else 0)
+                count += max(0, lag - len(lane.log.done())) + (
+                    lane.log.waiting if serving.options.order in ("key", "none") else 0
+                )
         return count

@@ -89,9 +89,7 @@ class Commands:
         since = dict.fromkeys(wanted.types, start)
         created = to_micros(self._now)
         derived = tuple(sorted(wanted.derived))
-        subscribed = Subscribed(
-            wanted.name, wanted.types, since, wanted.order, wanted.concurrency, None, None, created, derived
-        )
+        subscribed = Subscribed(wanted.name, wanted.types, since, wanted.order, wanted.concurrency, None, None, created, derived)
         self._connection.execute(
             'INSERT INTO subscriptions (name, types, since, "order", concurrency, generation, paused, paused_at, created_at, derived) '
             "VALUES (?, ?, ?, ?, ?, 1, NULL, NULL, ?, ?)",

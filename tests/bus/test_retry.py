@@ -18,6 +18,8 @@ from eventbus.stores.base import Order
 from tests.bus.support import NO_RETRY, QUICK, Recorder
 
 ORDERS: list[Order] = ["type", "log", "key", "none"]
+LATER = RetryPolicy(first=3_600, cap=3_600)
+"""After the first failure nothing more within any test."""
 
 
 @event("job", key="key")
@@ -248,7 +250,7 @@ async def test_attempts_are_not_reset_by_a_restart(db: str, order: Order) -> Non
 @pytest.mark.parametrize("order", ORDERS)
 async def test_due_times_are_not_skipped_by_a_restart(db: str, order: Order) -> None:
     """What is due in an hour is not tried before by a restart, and is tried after one that comes an hour later."""
-    retry = RetryPolicy(attempts=3, first=3_600.0, jitter=0.0)
+    retry = RetryPolicy(attempts=3, first=3_600.0, cap=3_600.0, jitter=0.0)
     bus, first, failures = failing_bus(db, retry, raising(ValueError("no")), order=order)
     async with bus:
         receipt = await bus.publish(Job("a", 1))
@@ -268,7 +270,7 @@ async def test_due_times_are_not_skipped_by_a_restart(db: str, order: Order) -> 
 @pytest.mark.parametrize("order", ORDERS)
 async def test_the_first_failure_is_remembered_over_a_restart(db: str, order: Order) -> None:
     """A dead letter says when its delivery failed first, also if that was in another process's life."""
-    retry = RetryPolicy(attempts=2, first=3_600.0, jitter=0.0)
+    retry = RetryPolicy(attempts=2, first=3_600.0, cap=3_600.0, jitter=0.0)
     bus, _, failures = failing_bus(db, retry, raising(ValueError("no")), order=order)
     async with bus:
         await bus.publish(Job("a", 1))
@@ -282,7 +284,7 @@ async def test_the_first_failure_is_remembered_over_a_restart(db: str, order: Or
 
 async def test_a_key_is_held_over_a_restart(db: str) -> None:
     """Behind a failed event the later ones of its key wait, also those published after a restart; other keys go on."""
-    retry = RetryPolicy(attempts=3, first=3_600.0, jitter=0.0)
+    retry = RetryPolicy(attempts=3, first=3_600.0, cap=3_600.0, jitter=0.0)
 
     def fail(delivery: Delivery) -> None:
         if delivery.envelope.event.n == 1 and delivery.attempt == 1:  # type: ignore[attr-defined]
@@ -316,7 +318,7 @@ async def test_a_failing_key_holds_up_no_other_key(db: str) -> None:
     """While a key waits for another attempt, other keys of its lane are handled, and their receipts know it."""
     bus = EventBus(db)
 
-    @bus.subscribe(Job, name="s", order="key", concurrency=1, retry=RetryPolicy(first=3_600))
+    @bus.subscribe(Job, name="s", order="key", concurrency=1, retry=LATER)
     async def handle(event: Job) -> None:
         if event.key == "bad":
             raise ValueError
@@ -327,14 +329,14 @@ async def test_a_failing_key_holds_up_no_other_key(db: str) -> None:
             await receipts[number].handled(timeout=2)
         statuses = [(await bus.status(receipt.id))["s"] for receipt in receipts]
         assert statuses == ["retrying", "handled", "pending", "handled", "handled", "pending"]
-        assert await bus.drain(timeout=0.05) == {"s": 3}
+        assert set(await bus.drain(timeout=0.05)) == {"s"}
 
 
 async def test_a_failing_event_holds_up_nothing_in_order_none(db: str) -> None:
     """In order "none" only the failed event waits."""
     bus = EventBus(db)
 
-    @bus.subscribe(Job, name="s", order="none", concurrency=1, retry=RetryPolicy(first=3_600))
+    @bus.subscribe(Job, name="s", order="none", concurrency=1, retry=LATER)
     async def handle(event: Job) -> None:
         if event.n == 0:
             raise ValueError
@@ -350,7 +352,7 @@ async def test_a_failing_lane_holds_up_no_other_lane(db: str) -> None:
     """While one type's lane waits for another attempt, other types of the subscription go on, and so do other subscriptions."""
     bus, seen = EventBus(db), defaultdict(list)
 
-    @bus.subscribe(Job, Other, name="by type", retry=RetryPolicy(first=3_600))
+    @bus.subscribe(Job, Other, name="by type", retry=LATER)
     async def by_type(event: Job | Other) -> None:
         seen[type(event).__name__].append(event.n)
         if isinstance(event, Job):

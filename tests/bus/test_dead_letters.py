@@ -1,0 +1,458 @@
+"""Dead letters: what they keep, how they are found, and how they are sent again."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import anyio
+import attrs
+import pytest
+
+from eventbus import ConfigurationError, DeadLetter, Delivery, EventBus, Reject, RetryPolicy, UnknownEvent, event
+from eventbus.stores.base import Order
+from tests.bus.support import NO_RETRY, Recorder
+
+ORDERS: list[Order] = ["type", "log", "key", "none"]
+
+
+@event("shop.sold", key="key")
+@attrs.frozen
+class Sold:
+    key: str
+    n: int = 0
+
+
+@event("shop.sent")
+@attrs.frozen
+class Sent:
+    n: int
+
+
+@event("stock.moved")
+@attrs.frozen
+class Moved:
+    n: int
+
+
+class Switch:
+    """A handler that fails until it is told not to, and notes what it was given."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.recorder = Recorder()
+
+    async def __call__(self, event: Any, delivery: Delivery) -> None:
+        self.recorder.add((event.n, delivery.attempt))
+        if self.error is not None:
+            raise self.error
+
+
+def bus_with(db: str, handler: Callable[..., Awaitable[None]], *types: type, name: str = "s", **options: Any) -> EventBus:
+    bus = EventBus(db)
+    options.setdefault("retry", NO_RETRY)
+    bus.subscribe(*(types or (Sold,)), name=name, **options)(handler)
+    return bus
+
+
+# ------------------------------------------------------------------ what they keep
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_a_dead_letter_says_what_happened(any_db: str, order: Order) -> None:
+    """It keeps the event with its envelope, the last error with its traceback, the number of attempts, and the times."""
+    before = datetime.now(UTC)
+    errors = iter([KeyError("first"), ValueError("second")])
+
+    async def handle(_event: Sold) -> None:
+        raise next(errors)
+
+    bus = bus_with(any_db, handle, order=order, retry=RetryPolicy(attempts=2, first=0.01, jitter=0.0))
+    async with bus:
+        receipt = await bus.publish(Sold("k", 5), headers={"trace": "t"})
+        assert await bus.drain(timeout=5) == {}
+        (letter,) = await bus.dead_letters.list()
+        assert await bus.dead_letters.get(letter.id) == letter
+        assert await bus.status(receipt.id) == {"s": "dead"}
+    envelope = letter.envelope
+    assert (letter.subscription, letter.error_type, letter.error, letter.attempts) == ("s", "ValueError", "second", 2)
+    assert "Traceback" in letter.traceback
+    assert "raise next(errors)" in letter.traceback
+    assert before <= letter.first_failed_at <= letter.last_failed_at <= datetime.now(UTC)
+    assert letter.last_failed_at - letter.first_failed_at >= timedelta(seconds=0.01)
+    assert not letter.redriving
+    assert (envelope.id, envelope.position, envelope.type, envelope.version) == (receipt.id, receipt.position, "shop.sold", 1)
+    assert (envelope.key, envelope.event) == ("k", Sold("k", 5))
+    assert envelope.headers["trace"] == "t"
+
+
+async def test_a_long_traceback_is_cut(db: str) -> None:
+    """Of a long traceback the last 16,000 characters are kept: the error stands at its end."""
+    async def handle(_event: Sold) -> None:
+        raise ValueError("begin " + "x" * 50_000 + " end")
+
+    async with bus_with(db, handle) as bus:
+        await bus.publish(Sold("k"))
+        assert await bus.drain(timeout=5) == {}
+        (letter,) = await bus.dead_letters.list()
+    assert len(letter.traceback) == 16_000
+    assert letter.traceback.rstrip().endswith("end")
+    assert letter.error.startswith("begin")
+    assert len(letter.error) <= 2_000
+
+
+async def test_each_subscription_has_its_own_dead_letter(db: str) -> None:
+    """An event that two subscriptions give up on is a dead letter of each; the third has handled it."""
+    bus = bus_with(db, Switch(ValueError("one")), name="one")
+    bus.subscribe(Sold, name="two", retry=NO_RETRY)(Switch(KeyError("two")))
+    bus.subscribe(Sold, name="three", retry=NO_RETRY)(Switch())
+    async with bus:
+        receipt = await bus.publish(Sold("k"))
+        assert await bus.drain(timeout=5) == {}
+        assert {x.subscription for x in await bus.dead_letters.list()} == {"one", "two"}
+        assert await bus.status(receipt.id) == {"one": "dead", "two": "dead", "three": "handled"}
+
+
+async def test_a_dead_letter_outlives_its_event(db: str) -> None:
+    """It holds a copy of the event, which retention does not remove, and which can be redriven."""
+    switch = Switch(ValueError("no"))
+    bus = EventBus(db, retention=timedelta(microseconds=1))
+    bus.subscribe(Sold, name="s", retry=NO_RETRY)(switch)
+    async with bus:
+        await bus.publish(Sold("k", 7))
+        assert await bus.drain(timeout=5) == {}
+        assert bus._running is not None
+        await bus._running.upkeep.prune()  # which otherwise comes once a minute
+        assert [e async for e in bus.history()] == []
+        (letter,) = await bus.dead_letters.list()
+        assert letter.envelope.event == Sold("k", 7)
+        switch.error = None
+        assert await bus.dead_letters.redrive(letter.id) == 1
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
+    assert switch.recorder.seen == [(7, 1), (7, 1)]
+
+
+# ------------------------------------------------------------------ finding, discarding
+
+
+async def three_kinds(db: str) -> tuple[EventBus, Switch, Switch]:
+    one, two = Switch(ValueError("v")), Switch(Reject("r"))
+    bus = bus_with(db, one, Sold, Sent, name="one", order="log")
+    bus.subscribe(Sent, Moved, name="two", order="log", retry=NO_RETRY)(two)
+    return bus, one, two
+
+
+Filters = dict[str, Any]
+FILTERS: list[tuple[Filters, list[tuple[str, int]]]] = [
+    ({"subscription": "one"}, [("one", 1), ("one", 2)]),
+    ({"subscription": "two"}, [("two", 2), ("two", 3)]),
+    ({"type": Sent}, [("one", 2), ("two", 2)]),
+    ({"type": "shop.sent"}, [("one", 2), ("two", 2)]),
+    ({"type": "shop.*"}, [("one", 1), ("one", 2), ("two", 2)]),
+    ({"type": "*"}, [("one", 1), ("one", 2), ("two", 2), ("two", 3)]),
+    ({"error": ValueError}, [("one", 1), ("one", 2)]),
+    ({"error": "Reject"}, [("two", 2), ("two", 3)]),
+    ({"error": "Reject", "type": "shop.*"}, [("two", 2)]),
+    ({"since": datetime.now(UTC) + timedelta(days=1)}, []),
+    ({"until": datetime.now(UTC) - timedelta(days=1)}, []),
+    ({"since": datetime.now(UTC) - timedelta(days=1), "subscription": "two"}, [("two", 2), ("two", 3)]),
+    ({"type": "none.such"}, []),
+]
+
+
+def named(letters: list[DeadLetter]) -> list[tuple[str, int]]:
+    return sorted((x.subscription, x.envelope.event.n) for x in letters)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("which", "expected"), FILTERS, ids=str)
+async def test_list_redrive_and_discard_take_the_same_filters(
+    db: str, which: Filters, expected: list[tuple[str, int]]
+) -> None:
+    """`list`, `redrive` and `discard` find the same dead letters by subscription, type, error and time."""
+    bus, one, two = await three_kinds(db)
+    async with bus:
+        await bus.publish_many([Sold("k", 1), Sent(2), Moved(3)])
+        assert await bus.drain(timeout=5) == {}
+        assert named(await bus.dead_letters.list(**which)) == expected
+        one.recorder.seen.clear()
+        two.recorder.seen.clear()
+        assert await bus.dead_letters.redrive(**which) == len(expected)
+        assert await bus.drain(timeout=5) == {}
+        again = [("one", n) for n, _ in one.recorder.seen] + [("two", n) for n, _ in two.recorder.seen]
+        assert sorted(again) == expected
+        assert await bus.dead_letters.discard(**which) == len(expected)
+        assert len(await bus.dead_letters.list()) == 4 - len(expected)
+
+
+async def test_a_subscription_may_be_named_by_its_handler(db: str) -> None:
+    """Where a filter takes the name of a subscription, it takes the handler too."""
+    bus, one, _ = await three_kinds(db)
+    async with bus:
+        await bus.publish_many([Sold("k", 1), Sent(2), Moved(3)])
+        assert await bus.drain(timeout=5) == {}
+        assert named(await bus.dead_letters.list(subscription=one)) == [("one", 1), ("one", 2)]
+
+
+async def test_by_id(db: str) -> None:
+    """Single ones are taken by id; an id that is not there is an error of `get`, and nothing to the others."""
+    bus, _, _ = await three_kinds(db)
+    async with bus:
+        await bus.publish_many([Sold("k", 1), Sent(2), Moved(3)])
+        assert await bus.drain(timeout=5) == {}
+        letters = await bus.dead_letters.list()
+        assert [x.id for x in letters] == sorted(x.id for x in letters)
+        assert await bus.dead_letters.list(limit=2) == letters[:2]
+        assert await bus.dead_letters.discard(letters[0].id, letters[2].id) == 2
+        assert await bus.dead_letters.discard(letters[0].id) == 0
+        assert await bus.dead_letters.redrive(letters[0].id) == 0
+        with pytest.raises(UnknownEvent, match=str(letters[0].id)):
+            await bus.dead_letters.get(letters[0].id)
+        assert await bus.dead_letters.list() == [letters[1], letters[3]]
+
+
+async def test_everything_needs_all(db: str) -> None:
+    """Redrive and discard of everything want `all=True`; ids together with a filter must satisfy both."""
+    bus, _, _ = await three_kinds(db)
+    async with bus:
+        await bus.publish_many([Sold("k", 1), Sent(2), Moved(3)])
+        assert await bus.drain(timeout=5) == {}
+        with pytest.raises(ConfigurationError, match="all=True"):
+            await bus.dead_letters.redrive()
+        with pytest.raises(ConfigurationError, match="all=True"):
+            await bus.dead_letters.discard()
+        letters = await bus.dead_letters.list()
+        assert await bus.dead_letters.discard(letters[0].id, subscription="two") == 0
+        assert await bus.dead_letters.redrive(all=True) == 4
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.discard(all=True) == 4
+        assert await bus.dead_letters.list() == []
+
+
+async def test_nonsense_is_refused(db: str) -> None:
+    """Naive datetimes and ids that are none are errors that say so."""
+    async with bus_with(db, Switch()) as bus:
+        with pytest.raises(ConfigurationError, match="aware"):
+            await bus.dead_letters.list(since=datetime.now())  # noqa: DTZ005
+        with pytest.raises(ConfigurationError):
+            await bus.dead_letters.redrive("1")  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError):
+            await bus.dead_letters.list(error=5)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ redrive
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_a_redrive_that_works_deletes_the_dead_letter(any_db: str, order: Order) -> None:
+    """The handler is called again from attempt 1, with live events beside it, and its ack deletes the dead letter."""
+    switch = Switch(ValueError("no"))
+    async with bus_with(any_db, switch, order=order) as bus:
+        receipt = await bus.publish(Sold("k", 1))
+        assert await bus.drain(timeout=5) == {}
+        switch.error = None
+        assert await bus.dead_letters.redrive(subscription="s") == 1
+        await bus.publish(Sold("k", 2))
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
+        assert await bus.status(receipt.id) == {"s": "handled"}
+        await receipt.handled(timeout=1)
+    assert sorted(switch.recorder.seen) == [(1, 1), (1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_a_redrive_that_fails_updates_the_dead_letter(db: str, order: Order) -> None:
+    """A redrive that fails for good leaves the same dead letter, with the new error and all attempts counted."""
+    switch = Switch(ValueError("no"))
+    retry = RetryPolicy(attempts=3, first=0.001)
+    async with bus_with(db, switch, order=order, retry=retry) as bus:
+        await bus.publish(Sold("k", 1))
+        assert await bus.drain(timeout=5) == {}
+        (before,) = await bus.dead_letters.list()
+        switch.error = KeyError("still not")
+        await bus.dead_letters.redrive(before.id)
+        assert await bus.drain(timeout=5) == {}
+        (after,) = await bus.dead_letters.list()
+    assert (after.id, after.error_type, after.error) == (before.id, "KeyError", "'still not'")
+    assert (before.attempts, after.attempts) == (3, 6)
+    assert after.first_failed_at == before.first_failed_at
+    assert after.last_failed_at > before.last_failed_at
+    assert not after.redriving
+    assert switch.recorder.seen == [(1, 1), (1, 2), (1, 3)] * 2
+
+
+async def test_a_redrive_publishes_with_its_ack(db: str) -> None:
+    """What a redriven attempt returns is published with the ack that deletes the dead letter."""
+    works = False
+    bus, recorder = EventBus(db), Recorder()
+
+    @bus.subscribe(Sold, name="s", retry=NO_RETRY)
+    async def handle(event: Sold, delivery: Delivery) -> Sent:
+        assert not delivery.replaying
+        if not works:
+            raise ValueError
+        return Sent(event.n)
+
+    bus.subscribe(Sent, name="then")(recorder.note)
+    async with bus:
+        await bus.publish(Sold("k", 3))
+        assert await bus.drain(timeout=5) == {}
+        works = True
+        await bus.dead_letters.redrive(all=True)
+        assert await recorder.wait_for(1) == [Sent(3)]
+
+
+async def test_a_redrive_is_not_lost_by_a_restart(db: str) -> None:
+    """Stopped in the middle, a redrive goes on after the next start with what it has not done, at the attempt it was at."""
+    switch = Switch(ValueError("no"))
+    async with bus_with(db, switch, order="key") as bus:
+        await bus.publish_many([Sold(f"k{n}", n) for n in range(10)])
+        assert await bus.drain(timeout=5) == {}
+
+    seen: list[tuple[int, int]] = []
+    failed = Recorder()
+
+    async def half(event: Sold, delivery: Delivery) -> None:
+        seen.append((event.n, delivery.attempt))
+        failed.add(event.n)
+        if event.n % 2:
+            raise ValueError
+
+    slowly = RetryPolicy(attempts=3, first=3_600, cap=3_600)
+    async with bus_with(db, half, order="key", retry=slowly) as bus:
+        assert await bus.dead_letters.redrive(all=True) == 10
+        await failed.wait_for(10)
+        with anyio.fail_after(5):
+            while len(await bus.dead_letters.list()) != 5:
+                await anyio.lowlevel.checkpoint()
+        letters = await bus.dead_letters.list()
+        assert all(letter.redriving for letter in letters)
+        assert sorted(x.envelope.event.n for x in letters) == [1, 3, 5, 7, 9]  # type: ignore[attr-defined]
+
+    third = Switch()
+    from tests.bus.test_retry import Moved as Later
+
+    bus = EventBus(db, clock=Later(3_700))
+    bus.subscribe(Sold, name="s", order="key", retry=slowly)(third)
+    async with bus:
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
+    assert sorted(seen) == [(n, 1) for n in range(10)]
+    assert sorted(third.recorder.seen) == [(n, 2) for n in (1, 3, 5, 7, 9)]
+
+
+async def test_a_redrive_stopped_while_it_runs_is_not_lost(db: str) -> None:
+    """An attempt of a redrive that the stop cancels is made again after the next start, and does not count."""
+    async with bus_with(db, Switch(ValueError("no"))) as bus:
+        await bus.publish_many([Sold("k", n) for n in range(3)])
+        assert await bus.drain(timeout=5) == {}
+    recorder = Recorder()
+
+    async def hang(event: Sold) -> None:
+        recorder.add(event.n)
+        await anyio.sleep_forever()
+
+    bus = bus_with(db, hang)
+    async with bus.open(stop_timeout=0):
+        assert await bus.dead_letters.redrive(all=True) == 3
+        await recorder.wait_for(1)
+    switch = Switch()
+    async with bus_with(db, switch) as bus:
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
+    assert switch.recorder.seen == [(0, 1), (1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("order", ["key", "type", "log"])
+async def test_redrives_of_a_key_come_in_order(db: str, order: Order) -> None:
+    """The dead letters of a key are redriven in the order of their positions, more of them than one page holds."""
+    switch = Switch(ValueError("no"))
+    async with bus_with(db, switch, order=order) as bus:
+        await bus.publish_many([Sold(f"k{n % 3}", n) for n in range(250)])
+        assert await bus.drain(timeout=10) == {}
+        switch.error = None
+        switch.recorder.seen.clear()
+        assert await bus.dead_letters.redrive(subscription="s") == 250
+        assert await bus.drain(timeout=10) == {}
+        assert await bus.dead_letters.list() == []
+    for key in range(3):
+        mine = [n for n, _ in switch.recorder.seen if n % 3 == key]
+        assert mine == sorted(mine)
+    assert len(switch.recorder.seen) == 250
+
+
+async def test_a_failing_redrive_holds_up_neither_others_nor_live_events(db: str) -> None:
+    """While one redrive waits for another attempt, the other redrives go on, and so do live events, also in strict order."""
+    switch = Switch(ValueError("no"))
+    async with bus_with(db, switch) as bus:
+        await bus.publish_many([Sold("k", n) for n in range(4)])
+        assert await bus.drain(timeout=5) == {}
+    recorder = Recorder()
+
+    async def all_but_first(event: Sold) -> None:
+        if event.n == 0:
+            raise ValueError
+        recorder.add(event.n)
+
+    async with bus_with(db, all_but_first, retry=RetryPolicy(first=3_600, cap=3_600)) as bus:
+        await bus.dead_letters.redrive(all=True)
+        receipt = await bus.publish(Sold("k", 4))
+        await receipt.handled(timeout=2)
+        assert sorted(await recorder.wait_for(4)) == [1, 2, 3, 4]
+        assert await bus.drain(timeout=0.05) == {"s": 1}
+
+
+async def test_redriving_twice_delivers_once(db: str) -> None:
+    """A dead letter that is being redriven is not redriven a second time beside it."""
+    switch = Switch(ValueError("no"))
+    async with bus_with(db, switch) as bus:
+        await bus.publish_many([Sold("k", n) for n in range(20)])
+        assert await bus.drain(timeout=5) == {}
+        switch.error = None
+        switch.recorder.seen.clear()
+        async with anyio.create_task_group() as group:
+            for _ in range(5):
+                group.start_soon(lambda: bus.dead_letters.redrive(all=True))
+        assert await bus.drain(timeout=5) == {}
+    assert switch.recorder.seen == [(n, 1) for n in range(20)]
+
+
+async def test_redrive_without_the_handler_waits_for_it(db: str) -> None:
+    """A redrive asked for where the subscription is not dispatched is carried out by the next program that does."""
+    async with bus_with(db, Switch(ValueError("no"))) as bus:
+        await bus.publish(Sold("k", 1))
+        assert await bus.drain(timeout=5) == {}
+    bus = bus_with(db, Switch())
+    async with bus.open(dispatch=False):
+        assert await bus.dead_letters.redrive(subscription="s") == 1
+        assert (await bus.dead_letters.list())[0].redriving
+    switch = Switch()
+    async with bus_with(db, switch) as bus:
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
+    assert switch.recorder.seen == [(1, 1)]
+
+
+async def test_a_discarded_redrive_stays_discarded(db: str) -> None:
+    """A dead letter discarded while it is redriven is gone, whatever becomes of the attempt that runs."""
+    go_on, recorder = anyio.Event(), Recorder()
+    fails = True
+
+    async def handle(event: Sold) -> None:
+        if fails:
+            raise ValueError
+        recorder.add(event.n)
+        await go_on.wait()
+        raise ValueError
+
+    async with bus_with(db, handle) as bus:
+        await bus.publish(Sold("k", 1))
+        assert await bus.drain(timeout=5) == {}
+        fails = False
+        await bus.dead_letters.redrive(all=True)
+        await recorder.wait_for(1)
+        assert await bus.dead_letters.discard(all=True) == 1
+        go_on.set()
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
