@@ -1,4 +1,7 @@
-"""`python -m eventbus`: the commands. Each is a module of `eventbus.cli` with `configure(parser)` and `run(options) -> exit code`."""
+"""`python -m eventbus`: the commands.
+
+Each is a module of `eventbus.cli` with `SUMMARY`, `DESCRIPTION`, `configure(parser)` and `run(options) -> exit code`.
+"""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Forms:
         ours = isinstance(load, _Load), isinstance(dump, _Dump)
         if ours == (True, True):
             self._build_class(node, form, origin)
-        elif any(ours) or family_of(origin) is None and not isinstance(origin, type):
+        elif any(ours) or not isinstance(origin, type):
             raise self._unknown(form)
         else:
             node.dump, node.load = dump, lambda value: load(value, form)

@@ -7,11 +7,11 @@ comes a pair of functions, value → JSON and JSON → value, strict in both dir
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, Flag
 from keyword import iskeyword
 from types import NoneType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import attrs
 import msgspec
@@ -24,10 +24,12 @@ from eventbus.errors import InvalidEventType
 Part: TypeAlias = "tuple[str, Node, Any]"
 Parts: TypeAlias = Callable[[Any], Iterable[Part]]
 
-SCALARS: Final = (str, int, float, bool, NoneType)
-JSON: Final = (*SCALARS, list, dict)
+SCALARS: Final[tuple[type, ...]] = (str, int, float, bool, NoneType)
+JSON: Final[tuple[type, ...]] = (*SCALARS, list, dict)
 
 _INT64: Final = 2**63
+
+_Accepted: TypeAlias = type[Collection[Any]] | tuple[type[Collection[Any]], ...]
 
 
 def _no_parts(value: Any) -> Iterable[Part]:  # noqa: ARG001
@@ -68,12 +70,12 @@ class Node:
     @property
     def dumper(self) -> Hook:
         """`dump`, also while this node is still being built (a type that refers to itself)."""
-        return self.dump if self.dump is not _unfinished else lambda value: self.dump(value)
+        return self.dump if self.dump is not _unfinished else lambda value: self.dump(value)  # noqa: PLW0108  # bound late
 
     @property
     def loader(self) -> Hook:
         """`load`, also while this node is still being built."""
-        return self.load if self.load is not _unfinished else lambda value: self.load(value)
+        return self.load if self.load is not _unfinished else lambda value: self.load(value)  # noqa: PLW0108  # bound late
 
 
 def reads_back(node: Node) -> bool:
@@ -185,9 +187,9 @@ def _lookup(form: Any, table: Mapping[tuple[type, Any], Any]) -> Hook:
 # ------------------------------------------------------------------ collections
 
 
-def build_sequence(node: Node, accepted: type, made: type, item: Node) -> None:
+def build_sequence(node: Node, accepted: type[Collection[Any]], made: type[Collection[Any]], item: Node) -> None:
     """list[T], tuple[T, ...], Sequence[T]."""
-    dump_item, load_item = item.dumper, item.loader
+    dump_item, load_item, construct = item.dumper, item.loader, cast("Hook", made)
 
     def dump(value: Any) -> Any:
         if isinstance(value, accepted):
@@ -197,7 +199,7 @@ def build_sequence(node: Node, accepted: type, made: type, item: Node) -> None:
     def load(value: Any) -> Any:
         if type(value) is list:
             items = [load_item(part) for part in value]
-            return items if made is list else made(items)
+            return items if made is list else construct(items)
         raise mismatch(node.form, value)
 
     node.dump, node.load = dump, load
@@ -206,11 +208,11 @@ def build_sequence(node: Node, accepted: type, made: type, item: Node) -> None:
     node.loaded_parts = lambda value: _items(value, list, item)
 
 
-def _items(value: Any, accepted: type | tuple[type, ...], item: Node) -> Iterable[Part]:
+def _items(value: Any, accepted: _Accepted, item: Node) -> Iterable[Part]:
     return [(f"[{index}]", item, part) for index, part in enumerate(value)] if isinstance(value, accepted) else ()
 
 
-def build_set(node: Node, accepted: tuple[type, ...], made: type, item: Node) -> None:
+def build_set(node: Node, accepted: tuple[type[Collection[Any]], ...], made: type[Collection[Any]], item: Node) -> None:
     """set[T], frozenset[T]: stored in order, so that equal events give equal bytes in every process."""
     build_sequence(node, list, made, item)
     dump_item = item.dumper
@@ -324,7 +326,7 @@ def _int_of(text: str) -> int:
 
 
 def build_class(node: Node, cls: type, fields: list[tuple[Field, Node]]) -> None:
-    """attrs classes and dataclasses, by functions made for the class as attrs makes an `__init__`."""
+    """Classes of attrs and dataclasses, by functions made for the class, as attrs makes an `__init__`."""
     node.kinds, node.classes = frozenset({dict}), (cls,)
     node.children = tuple(child for _, child in fields)
     node.dump, node.load = _class_dumper(node, cls, fields), _class_loader(node, cls, fields)
@@ -396,14 +398,14 @@ def _compiled(source: str, name: str, names: dict[str, Any]) -> Hook:
     return made
 
 
-SEQUENCES: Final[Mapping[Any, tuple[type, type]]] = {
+SEQUENCES: Final[Mapping[Any, tuple[type[Collection[Any]], type[Collection[Any]]]]] = {
     list: (list, list),
     abc.MutableSequence: (list, list),
     abc.Sequence: (tuple, tuple),
 }
 """For each annotation, the class taken and the class made. A Sequence comes back as a tuple, so it must be one."""
 
-SETS: Final[Mapping[Any, tuple[tuple[type, ...], type]]] = {
+SETS: Final[Mapping[Any, tuple[tuple[type[Collection[Any]], ...], type[Collection[Any]]]]] = {
     set: ((set,), set),
     abc.MutableSet: ((set,), set),
     frozenset: ((frozenset,), frozenset),

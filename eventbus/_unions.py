@@ -133,8 +133,8 @@ def _told_apart(node: Node, kind: type, arms: list[Node], forms: Known) -> Hook:
 
 def _alike(node: Node, arms: list[Node], why: str) -> InvalidEventType:
     return InvalidEventType(
-        f"{label(node.form)}: {', '.join(label(arm.form) for arm in arms)} {why}, so they cannot be told apart when they are read "
-        'again. Use one of them, or classes with a field such as kind: Literal["…"].'
+        f"{label(node.form)}: {', '.join(label(arm.form) for arm in arms)} {why}, so they cannot be told apart when they are "
+        'read again. Use one of them, or classes with a field such as kind: Literal["…"].'
     )
 
 

@@ -103,7 +103,7 @@ def tree_of(text: str) -> dict[str, str | None]:
     above: list[tuple[int, str]] = []
     for line in text.splitlines():
         drawn = re.match(r"^( *(?:[│├└─ ]*))([A-Z]\w+)(?:\s|$)", line)
-        if drawn is None:
+        if drawn is None or ("─" not in drawn[1] and line.strip() != drawn[2]):
             continue
         column, name = len(drawn[1]), drawn[2]
         while above and above[-1][0] >= column:

@@ -366,10 +366,12 @@ def test_importing_eventbus_imports_nothing_that_is_optional_or_slow() -> None:
 @pytest.mark.parametrize("module", FILES)
 def test_a_file_can_be_read_in_one_go(module: str) -> None:
     """No file of the package is longer than 500 lines."""
-    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    lines = FILES[module].read_text(encoding="utf-8").count("\n")
+    assert lines <= MOST_LINES
 
 
 @pytest.mark.parametrize("module", [m for m, path in FILES.items() if path.stat().st_size])
 def test_a_file_says_what_it_is(module: str) -> None:
     """Open any file: its first lines say where it stands."""
-    assert ast.get_docstring(ast.parse(FILES[module].read_text(encoding="utf-8")))
+    docstring = ast.get_docstring(ast.parse(FILES[module].read_text(encoding="utf-8")))
+    assert docstring

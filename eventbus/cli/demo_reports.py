@@ -7,7 +7,7 @@ written to a pipe outlives its writer. An acknowledgement is reported after `pub
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Literal
 
 import attrs
@@ -92,27 +92,40 @@ def read(line: bytes) -> Report:
 
 @attrs.define
 class Tally:
-    """Counts the reports as they come in, for the progress line and for the moment of the kill."""
+    """Counts the reports as they come in, for the progress line and for the moment of the kill.
+
+    Attributes:
+        acknowledged: numbers of events. resent: receipts that said "duplicate".
+        owed: deliveries of acknowledged events that no handler has finished with, as (subscription, position).
+        settled, retried, dead: deliveries, each counted once, replays not.
+    """
 
     acknowledged: set[int] = attrs.field(factory=set)
-    settled: dict[str, set[int]] = attrs.field(factory=lambda: defaultdict(set))
+    resent: int = 0
+    owed: set[tuple[str, int]] = attrs.field(factory=set)
+    settled: set[tuple[str, int]] = attrs.field(factory=set)
     retried: set[tuple[str, int]] = attrs.field(factory=set)
+    handled: Counter[str] = attrs.field(factory=Counter)
     dead: int = 0
-    _due: Counter[str] = attrs.field(factory=Counter)
 
-    def add(self, report: Published | Attempt, event: ShopEvent | None = None) -> None:
-        """Count one report; a `Published` needs its event."""
-        if isinstance(report, Published):
-            if report.number not in self.acknowledged:
-                self.acknowledged.add(report.number)
-                self._due.update(name for name, types in TAKES.items() if isinstance(event, types))
-        elif report.outcome == "failed":
-            self.retried.add((report.by, report.position))
-        elif not report.replaying and report.position not in self.settled[report.by]:
-            self.settled[report.by].add(report.position)
-            self.dead += report.outcome == "rejected"
+    def acknowledge(self, receipt: Published, event: ShopEvent) -> None:
+        """Count an acknowledgement."""
+        self.resent += receipt.duplicate
+        if receipt.number in self.acknowledged:
+            return
+        self.acknowledged.add(receipt.number)
+        takers = {(name, receipt.position) for name, types in TAKES.items() if isinstance(event, types)}
+        self.owed |= takers - self.settled
 
-    @property
-    def unfinished(self) -> int:
-        """Deliveries of acknowledged events that no handler has finished with."""
-        return sum(max(0, self._due[name] - len(self.settled[name])) for name in TAKES)
+    def attempted(self, attempt: Attempt) -> None:
+        """Count an attempt."""
+        delivery = (attempt.by, attempt.position)
+        if attempt.replaying or delivery in self.settled:
+            return
+        if not attempt.final:
+            self.retried.add(delivery)
+            return
+        self.settled.add(delivery)
+        self.owed.discard(delivery)
+        self.handled[attempt.by] += attempt.outcome == "handled"
+        self.dead += attempt.outcome == "rejected"

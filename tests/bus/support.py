@@ -18,6 +18,7 @@ import anyio
 
 from eventbus import RetryPolicy
 from eventbus._clock import SystemClock
+from eventbus._clock import SystemClock
 from eventbus._loop import current_loop
 from eventbus.errors import StoreBusy
 from eventbus.stores.base import Batch, Committed, Register
@@ -144,3 +145,32 @@ class MovableClock:
     def monotonic(self) -> float:
         """The machine's."""
         return self._clock.monotonic()
+
+
+class Hurrying:
+    """A clock that goes `pace` times as fast as the machine's: what is due in an hour is due soon."""
+
+    def __init__(self, pace: float) -> None:
+        self._real = SystemClock()
+        self._pace = pace
+        self._start = self._real.time(), self._real.monotonic()
+
+    def time(self) -> float:
+        return self._start[0] + self.monotonic()
+
+    def monotonic(self) -> float:
+        return (self._real.monotonic() - self._start[1]) * self._pace
+
+
+class Later:
+    """The machine's clock, so many seconds ahead: a restart with it is one after that time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._real = SystemClock()
+        self._seconds = seconds
+
+    def time(self) -> float:
+        return self._real.time() + self._seconds
+
+    def monotonic(self) -> float:
+        return self._real.monotonic()

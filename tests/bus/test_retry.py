@@ -12,10 +12,9 @@ import attrs
 import pytest
 
 from eventbus import Delivery, EventBus, Reject, RetryAfter, RetryPolicy, event
-from eventbus._clock import SystemClock
 from eventbus.hooks import AttemptFailed, Moment
 from eventbus.stores.base import Order
-from tests.bus.support import NO_RETRY, QUICK, Recorder
+from tests.bus.support import NO_RETRY, QUICK, Hurrying, Later, Recorder
 
 ORDERS: list[Order] = ["type", "log", "key", "none"]
 LATER = RetryPolicy(first=3_600, cap=3_600)
@@ -32,35 +31,6 @@ class Job:
 @attrs.frozen
 class Other:
     n: int = 0
-
-
-class Hurrying:
-    """A clock on which a bus's day passes in a second: whatever is due in hours comes at once, and in order."""
-
-    def __init__(self, pace: float) -> None:
-        self._real = SystemClock()
-        self._pace = pace
-        self._start = self._real.time(), self._real.monotonic()
-
-    def time(self) -> float:
-        return self._start[0] + self.monotonic()
-
-    def monotonic(self) -> float:
-        return (self._real.monotonic() - self._start[1]) * self._pace
-
-
-class Moved:
-    """The machine's clock, so many seconds later by the calendar; a restart with it is one after that time."""
-
-    def __init__(self, later: float) -> None:
-        self._real = SystemClock()
-        self._later = later
-
-    def time(self) -> float:
-        return self._real.time() + self._later
-
-    def monotonic(self) -> float:
-        return self._real.monotonic()
 
 
 class Failures:
@@ -255,12 +225,12 @@ async def test_due_times_are_not_skipped_by_a_restart(db: str, order: Order) -> 
     async with bus:
         receipt = await bus.publish(Job("a", 1))
         await failures.wait_for(1)
-    bus, soon, _ = failing_bus(db, retry, raising(ValueError("no")), order=order, clock=Moved(3_000))
+    bus, soon, _ = failing_bus(db, retry, raising(ValueError("no")), order=order, clock=Later(3_000))
     async with bus:
         assert await bus.drain(timeout=0.1) == {"s": 1}
         assert (await bus.status(receipt.id)) == {"s": "retrying"}
         assert (await bus.stats()).subscriptions["s"].retrying == 1
-    bus, later, _ = failing_bus(db, retry, lambda _: None, order=order, clock=Moved(3_700))
+    bus, later, _ = failing_bus(db, retry, lambda _: None, order=order, clock=Later(3_700))
     async with bus:
         assert await bus.drain(timeout=5) == {}
         assert (await bus.status(receipt.id)) == {"s": "handled"}
@@ -275,7 +245,7 @@ async def test_the_first_failure_is_remembered_over_a_restart(db: str, order: Or
     async with bus:
         await bus.publish(Job("a", 1))
         await failures.wait_for(1)
-    async with failing_bus(db, retry, raising(KeyError("no")), order=order, clock=Moved(4_000))[0] as bus:
+    async with failing_bus(db, retry, raising(KeyError("no")), order=order, clock=Later(4_000))[0] as bus:
         assert await bus.drain(timeout=5) == {}
         (letter,) = await bus.dead_letters.list()
     assert (letter.attempts, letter.error_type) == (2, "KeyError")
@@ -303,7 +273,7 @@ async def test_a_key_is_held_over_a_restart(db: str) -> None:
         await attempts.wait_for(1)
         assert (await bus.stats()).subscriptions["s"].retrying == 1
     seen.append(attempts.seen)
-    bus, attempts, _ = failing_bus(db, retry, fail, order="key", concurrency=1, clock=Moved(3_700))
+    bus, attempts, _ = failing_bus(db, retry, fail, order="key", concurrency=1, clock=Later(3_700))
     async with bus:
         await bus.publish_many([Job("a", 7)])
         assert await bus.drain(timeout=5) == {}
