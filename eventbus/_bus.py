@@ -556,8 +556,7 @@ class _Opening:
         if running is None:
             raise BusNotOpen("the bus is not open")
         try:
-            with anyio.CancelScope(shield=True):
-                await running.stop(self._stop_timeout)
+            await running.stop(self._stop_timeout)
         finally:
             self._ended()
-        return await running.end_group(kind, error, traceback)
+            await running.end_group(kind, error, traceback)

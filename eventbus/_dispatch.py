@@ -323,6 +323,9 @@ class Dispatcher:
         for serving in self.servings.values():
             for feed in serving.feeds.values():
                 feed.fall_behind()
+        self._tell_promotions()
+
+    def _tell_promotions(self) -> None:
         for waiters in self.promotions.values():
             for waiter in waiters:
                 waiter.set()
@@ -345,6 +348,20 @@ class Dispatcher:
             serving.close()
         if not told:
             self.on_crash(error)
+
+    def close(self) -> None:
+        """Give out nothing any more, for good; those who wait for something are told."""
+        self.closing = True
+        for serving in self.servings.values():
+            serving.close()
+            serving.redriver.changed()
+        self._tell_promotions()
+        self.lanes_changed()
+
+    def check_open(self) -> None:
+        """Raise `BusNotOpen` if what is waited for can come no more."""
+        if self.closing:
+            raise BusNotOpen("the bus was closed meanwhile; what was waited for goes on when it is opened again")
 
     # -------------------------------------------------------------- lanes
 
@@ -379,6 +396,7 @@ class Dispatcher:
             waiter = self.environment.loop.waiter()
             self._await_lanes.append(waiter)
             await waiter.wait()
+            self.check_open()
 
     def retype(self, stored: Subscribed) -> None:
         """A type has joined a subscription."""

@@ -11,9 +11,9 @@ import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import Context
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled, current_token
@@ -22,6 +22,8 @@ from eventbus.errors import WrongLoop
 
 if TYPE_CHECKING:
     import trio
+
+T = TypeVar("T")
 
 
 class Waiter(Protocol):
@@ -65,6 +67,18 @@ def current_loop() -> Loop:
     if isinstance(native, asyncio.AbstractEventLoop):
         return _Asyncio(native)
     return _Trio(native)  # type: ignore[arg-type]  # anyio has these two
+
+
+def undisturbed(function: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """A coroutine function for a task of ours, which Ctrl-C must not end in the middle.
+
+    trio raises KeyboardInterrupt wherever code of the main task's descent happens to run; with this it goes to the main task.
+    """
+    if isinstance(current_loop(), _Trio):
+        import trio  # noqa: PLC0415  # only where trio runs
+
+        return trio.lowlevel.enable_ki_protection(function)
+    return function
 
 
 def _wrong_loop() -> WrongLoop:

@@ -228,17 +228,22 @@ class Replay:
         if self._rate is not None:
             now = self._environment.clock.monotonic()
             self._paced = max(self._paced, now) + 1 / self._rate
-            if self._paced > now:
-                await self._environment.sleep(self._paced - now)
+            while self._paced > self._environment.clock.monotonic():
+                self._check_open()
+                self._environment.timers.at(self._paced, self._moved.set)
+                await self._wait()
 
     async def _wait_for_portions(self, most: int) -> None:
         """Wait until at most so many pages are being delivered."""
         await self._advance()
         while len(self._portions) > most:
             self._check_open()
-            await self._moved.wait()
-            self._moved = self._environment.loop.waiter()
+            await self._wait()
             await self._advance()
+
+    async def _wait(self) -> None:
+        await self._moved.wait()
+        self._moved = self._environment.loop.waiter()
 
     async def _advance(self) -> None:
         """Count the pages at the start that are done."""

@@ -23,7 +23,7 @@ from eventbus._encoding import Encoder, handler_context
 from eventbus._intake import Budget
 from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
-from eventbus._loop import Loop, Worker, current_loop
+from eventbus._loop import Loop, Worker, current_loop, undisturbed
 from eventbus._reader import Reader
 from eventbus._recovery import Wanted, claim_lane, note_others, recover
 from eventbus._replay import History, Replay
@@ -136,7 +136,7 @@ class Running:
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
         for task in (self.timers.run, *self.upkeep.tasks()):
-            self._group.start_soon(self._until_closed, task)
+            self._group.start_soon(undisturbed(self._until_closed), task)
         self.pool.start(self._group)
         for lane in self.dispatcher.lanes():
             lane.log.intake.feed.read()
@@ -157,26 +157,47 @@ class Running:
             self._group.cancel_scope.cancel()
 
     async def stop(self, timeout: float) -> None:
-        """Let running attempts finish for `timeout` seconds, release the rest, write what is to be written, let go."""
-        self.dispatcher.closing = True
-        for replay in self.replays:
-            replay.interrupt()
+        """Let running attempts finish for `timeout` seconds, release the rest, write what is to be written, let go.
+
+        A task of its own does it, so that no cancellation of the caller cuts it short; a cancellation comes out at the end.
+        """
+        stopped = self.loop.waiter()
+        errors: list[BaseException] = []
+
+        async def stop() -> None:
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._stop(timeout)
+            except BaseException as error:  # noqa: BLE001  # raised below, where it is waited for
+                errors.append(error)
+            finally:
+                stopped.set()
+
+        self._group.start_soon(undisturbed(stop))
+        await stopped.wait_decided()
+        if errors:
+            raise errors[0]
+
+    async def _stop(self, timeout: float) -> None:
         try:
             await self.pool.stop(timeout)
-            for serving in self.dispatcher.servings.values():
-                serving.close()
+            self.dispatcher.close()
+            for replay in self.replays:
+                replay.interrupt()
         finally:
             await self._close()
             for scope in self._scopes:
                 scope.cancel()
 
-    async def end_group(self, *error: object) -> bool | None:
-        """Leave the task group, after `stop`."""
-        if self.exit_error is not None:
+    async def end_group(self, *error: object) -> None:
+        """Leave the task group, after `stop`; raises what a handler wants the program to end with."""
+        if self.exit_error is None:
+            await self._group.__aexit__(None, None, None)
+            return
+        try:
             await self._group.__aexit__(*error)  # type: ignore[arg-type]  # it takes in the cancellation that was its own
+        finally:
             raise self.exit_error
-        await self._group.__aexit__(None, None, None)
-        return None
 
     async def _close(self) -> None:
         if self._journal_runs and self.dispatcher.crash is None:

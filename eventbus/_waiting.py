@@ -58,6 +58,8 @@ class Waiting:
                 if reason is not None:
                     blocked[lane.holder.options.name] = reason
                     break
+        if blocked:
+            self._dispatcher.check_open()
         rows = await self._reader.ask(DeadLetters(DeadLetterFilter(event_id=record.id)))
         if rows or blocked:
             raise HandlingFailed([self._dispatcher.decoder.dead_letter(row) for row in rows], blocked)
@@ -74,6 +76,7 @@ class Waiting:
                 if record.position:
                     return record
                 await waiter.wait()
+                self._dispatcher.check_open()
             finally:
                 waiters = self._dispatcher.promotions.get(event_id, [])
                 if waiter in waiters:
@@ -115,6 +118,7 @@ class Waiting:
                 await self._drain(head, cascade)
         finally:
             cascades.remove(cascade)
+        self._dispatcher.check_open()
         last = max([head, *(record.position for record in cascade.found)])
         return await self._left(last)
 
@@ -124,6 +128,7 @@ class Waiting:
             for lane in list(serving.lanes.values()):
                 await self._clear(lane, head)
             while serving.paused is None and not serving.redriver.idle:
+                self._dispatcher.check_open()
                 await serving.redriver.wait_for_change()
         found = 0
         while found < len(cascade.found):

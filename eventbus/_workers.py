@@ -19,7 +19,7 @@ from anyio.lowlevel import checkpoint
 
 from eventbus._attempts import Running, Torn, failed, timed_out
 from eventbus._lanes import RELEASED, Attempt, Environment, Failed, Lane, Outcome
-from eventbus._loop import context_for_threads
+from eventbus._loop import context_for_threads, undisturbed
 from eventbus._threads import Crossing, Threads
 from eventbus.hooks import HandlerStuck
 
@@ -60,7 +60,7 @@ class Pool:
 
     def start(self, group: TaskGroup) -> None:
         """Workers may be started from now on."""
-        group.start_soon(self._hire, group)
+        group.start_soon(undisturbed(self._hire), group)
 
     async def _hire(self, group: TaskGroup) -> None:
         """Start workers. Lanes are woken by callbacks of the loop, which belong to no task and so may start none."""
@@ -69,7 +69,7 @@ class Pool:
                 self._hiring = self.environment.loop.waiter()
                 hired, self._hired = self._hired, []
                 for task in hired:
-                    group.start_soon(task.run)
+                    group.start_soon(undisturbed(task.run))
                 if self.stopping:
                     return
                 await self._hiring.wait()

@@ -95,13 +95,14 @@ class Tally:
     """Counts the reports as they come in, for the progress line and for the moment of the kill.
 
     Attributes:
-        acknowledged: numbers of events. resent: receipts that said "duplicate".
+        acknowledged: numbers of events.
+        unheard: events that were in the file already when they were sent again, and whose first acknowledgement never came.
         owed: deliveries of acknowledged events that no handler has finished with, as (subscription, position).
         settled, retried, dead: deliveries, each counted once, replays not.
     """
 
     acknowledged: set[int] = attrs.field(factory=set)
-    resent: int = 0
+    unheard: int = 0
     owed: set[tuple[str, int]] = attrs.field(factory=set)
     settled: set[tuple[str, int]] = attrs.field(factory=set)
     retried: set[tuple[str, int]] = attrs.field(factory=set)
@@ -110,9 +111,9 @@ class Tally:
 
     def acknowledge(self, receipt: Published, event: ShopEvent) -> None:
         """Count an acknowledgement."""
-        self.resent += receipt.duplicate
         if receipt.number in self.acknowledged:
             return
+        self.unheard += receipt.duplicate
         self.acknowledged.add(receipt.number)
         takers = {(name, receipt.position) for name, types in TAKES.items() if isinstance(event, types)}
         self.owed |= takers - self.settled

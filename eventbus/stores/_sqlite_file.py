@@ -186,7 +186,7 @@ def _read_holder(descriptor: int) -> str:
         holder = json.loads(os.pread(descriptor, 4096, 0))
         since = datetime.fromtimestamp(holder["started"], UTC).isoformat(timespec="seconds")
         here = holder["host"] == socket.gethostname() and holder["pid"] == os.getpid()
-        place = "this very process" if here else f"process {holder['pid']} on {holder['host']}"
+        place = f"process {holder['pid']} on {holder['host']}{', this very process' if here else ''}"
         return f"instance {holder['name']!r} ({place}, since {since})"
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return "another instance, which is just opening it"
