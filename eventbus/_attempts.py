@@ -13,7 +13,7 @@ from contextvars import Context, ContextVar
 from typing import Any
 
 from eventbus._encoding import current_record
-from eventbus._lanes import ACKED, Acked, Attempt, Failed, Outcome, Undeliverable
+from eventbus._outcomes import ACKED, Acked, Attempt, Failed, Outcome, Undeliverable
 from eventbus.errors import HandlerTimeout, UndecodableEvent, UnknownEventType
 
 current_attempt: ContextVar[Attempt | None] = ContextVar("eventbus_current_attempt", default=None)

@@ -14,8 +14,6 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import anyio
-
 from eventbus._clock import Clock, SystemClock
 from eventbus._codec import Codec, JSONCodec
 from eventbus._dead_letters import DeadLetters
@@ -243,12 +241,12 @@ class EventBus:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         """Stop the bus; see `open`."""
         opening, self._opening = self._opening, None
         if opening is None:
             raise BusNotOpen("the bus is not open")
-        return await opening.__aexit__(kind, error, traceback)
+        await opening.__aexit__(kind, error, traceback)
 
     async def _start(self, store: str | os.PathLike[str] | Store | None, names: set[str]) -> Running:
         if self._running is not None:
@@ -551,7 +549,7 @@ class _Opening:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         running, self._running = self._running, None
         if running is None:
             raise BusNotOpen("the bus is not open")

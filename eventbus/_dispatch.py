@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from eventbus._intake import Budget, Feed, Intake
-from eventbus._lanes import Attempt, Environment, Lane, StrictSource
+from eventbus._lanes import Environment, Lane
 from eventbus._loose import HeldSource, LooseSource
 from eventbus._model import Delivery, Draft
+from eventbus._outcomes import Attempt
 from eventbus._side import Redriver
+from eventbus._strict import StrictSource
 from eventbus.errors import BusNotOpen, EventBusError
 from eventbus.hooks import DispatchHalted, SubscriptionPaused
 from eventbus.stores.base import (
@@ -255,7 +257,8 @@ class Serving:
             event = item.event if isinstance(item, Draft) else item
             if not encoder.is_event(event):
                 raise TypeError(
-                    f"the handler of {self.options.name!r} returned {event!r:.80}; return None, an event, or a list of events or Drafts"
+                    f"the handler of {self.options.name!r} returned {event!r:.80}; "
+                    "return None, an event, or a list of events or Drafts"
                 )
         return [*attempt.outbox, *(encoder.draft(item) for item in returned)]
 

@@ -38,7 +38,7 @@ _added: ContextVar[Mapping[str, str]] = ContextVar("eventbus_headers", default={
 
 @contextmanager
 def headers(**values: str) -> Iterator[None]:
-    """In this context, give these headers to every event that is published: `with headers(correlation_id="c-1"): …`.
+    """Give headers to all events that are published in the block, such as a correlation_id that starts a chain.
 
     Values are strings. They are taken over those that follow from the delivery being handled, and under those of the call.
     """

@@ -9,10 +9,8 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from types import NoneType, UnionType
-from typing import Any, Final, Literal, Union, cast, get_args, get_origin
+from typing import Any, Final, Literal, Union, get_args, get_origin
 from uuid import UUID
-
-import attrs
 
 from eventbus._fields import family_of, fields_of, unwrap
 
@@ -63,6 +61,5 @@ def _is_frozen(cls: Any) -> bool:
 
 
 def _is_frozen_attrs(cls: type) -> bool:
-    if hasattr(attrs, "inspect"):  # from attrs 25.4 on
-        return bool(cast("Any", attrs).inspect(cls).is_frozen)
-    return getattr(cls.__setattr__, "__name__", "") == "_frozen_setattrs"
+    """By the `__setattr__` that attrs gives to frozen classes; `attrs.inspect` is experimental, and blind to subclasses."""
+    return cls.__setattr__.__name__ == "_frozen_setattrs"

@@ -2,23 +2,23 @@
 
 publish → journal → store → *lanes* → workers → outcome → journal. A `Lane` is the serial order inside one subscription. It has
 sources that take turns: the log first of all, redrives and replays beside it. A worker takes an `Attempt`, runs the handler,
-and gives back an outcome; the source it came from turns that into a `Unit` for the journal. Here is the lane, and the log as a
-source in strict order (one lane per type, or over the log): while an event is retried, the lane waits.
+and gives back an outcome; the source it came from turns that into a `Unit` for the journal. The log as a source is in `_strict`
+and `_loose`.
 """
 
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
+from eventbus._outcomes import Acked, Attempt, Failed, Failure, Outcome, Undeliverable, summary_of
 from eventbus._retry import next_delay
-from eventbus.errors import IdempotencyConflict, Reject
+from eventbus.errors import Reject
 from eventbus.hooks import AttemptFailed, LaneBlocked, Moment
-from eventbus.stores.base import Death, LaneState, Record, Refusal, Unit
+from eventbus.stores.base import LaneState, Record, Refusal, Unit
 from eventbus.stores.base import Source as SourceName
 
 if TYPE_CHECKING:
@@ -34,74 +34,6 @@ _log = logging.getLogger("eventbus")
 
 AHEAD = 1_000
 """Deliveries that a lane may have settled ahead of what is stored."""
-_TRACEBACK = 16_000
-_MESSAGE = 2_000
-
-
-@attrs.define(eq=False)
-class Attempt:
-    """One run of a handler, from the lane that gave it to the outcome.
-
-    Attributes:
-        number: counted from 1.
-        item: what the source knows this delivery by, where the record does not say it.
-        outbox: events that the attempt wants published with its ack.
-        over: its outcome stands; whatever it still does is too late.
-        epoch: the lane's, when it was given out.
-    """
-
-    lane: Lane
-    source: Source
-    record: Record
-    number: int
-    item: object = None
-    replaying: bool = False
-    outbox: list[Record] = attrs.field(factory=list)
-    over: bool = False
-    epoch: int = 0
-
-
-@attrs.frozen
-class Acked:
-    """The handler is done; what it published is committed with the ack."""
-
-    published: Sequence[Record] = ()
-
-
-@attrs.frozen
-class Failed:
-    """The attempt failed. `final`: another one cannot do better."""
-
-    error: BaseException
-    final: bool = False
-
-
-@attrs.frozen
-class Released:
-    """Given back uncounted: the bus is stopping."""
-
-
-@attrs.frozen
-class Undeliverable:
-    """This program has no class for the event, or an older one: the lane waits for a program that has."""
-
-    reason: str
-
-
-Outcome = Acked | Failed | Released | Undeliverable
-ACKED = Acked()
-RELEASED = Released()
-
-
-@attrs.define(eq=False)
-class Failure:
-    """What a source is told of a failed attempt: when to try again (seconds from now), or None to give up."""
-
-    attempt: Attempt
-    error: BaseException
-    delay: float | None
-    final: bool
-    now: float
 
 
 class Source(Protocol):
@@ -372,8 +304,8 @@ class Lane:
             # The checkpoint need not have moved: the unit is that of a delivery that the store does not know as settled.
             self.send("log", self._newest, counts=False)
 
-    def send(self, source: SourceName, position: int, *, counts: bool = True, **parts: object) -> Unit:
-        """Hand a unit to the journal, and return it. `counts`: it settles a delivery of its own."""
+    def send(self, source: SourceName, position: int, *, counts: bool = True, **parts: Any) -> Unit:
+        """Hand a unit to the journal, and return it. `counts`: it settles a delivery of its own. `parts`: fields of `Unit`."""
         if counts:
             self._serial += 1
         self._dirty = False
@@ -385,7 +317,7 @@ class Lane:
             position,
             self.log.checkpoint,
             self.log.done(),
-            **parts,  # type: ignore[arg-type]  # the callers name Unit's own fields
+            **parts,
         )
         self.environment.journal.settle(self, unit, self._serial)
         if self._waiters:
@@ -500,168 +432,3 @@ class Lane:
         """Give out nothing any more."""
         self.closed = True
         self.tell_waiters()
-
-
-def death_of(failure: Failure, attempts: int, first_failed_at: float | None) -> Death:
-    """How a delivery ends, for its dead letter."""
-    error = failure.error
-    text = "".join(traceback.format_exception(error))
-    return Death(
-        type(error).__name__,
-        _message_of(error)[:_MESSAGE],
-        _printable(text)[-_TRACEBACK:],
-        attempts,
-        failure.now if first_failed_at is None else first_failed_at,
-        failure.now,
-    )
-
-
-def conflict_of(attempt: Attempt, published: Sequence[Record], now: float) -> Death | None:
-    """How a delivery ends if an idempotency key that it publishes with turns out to be taken."""
-    keys = [record.idempotency_key for record in published if record.idempotency_key is not None]
-    if not keys:
-        return None
-    message = f"one of the idempotency keys {keys} that it published with belongs to an event of other content"
-    return Death(IdempotencyConflict.__name__, message, "", attempt.number, now, now)
-
-
-def summary_of(error: BaseException) -> str:
-    """An error in one line, for people who look into the tables."""
-    return f"{type(error).__name__}: {_message_of(error)}"[:_MESSAGE]
-
-
-def _message_of(error: BaseException) -> str:
-    """The error's message, as text that can be stored; errors are made by users, and may fail at that, too."""
-    try:
-        return _printable(str(error))
-    except Exception as second:  # noqa: BLE001  # whatever it is
-        return f"(its message cannot be made: {type(second).__name__})"
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-
-
-class StrictSource:
-    """The log in strict order: the next event is given out when the one before it is settled."""
-
-    beside = False
-
-    def __init__(self, lane: Lane, intake: Intake, state: LaneState) -> None:
-        self._lane = lane
-        self.intake = intake
-        self._checkpoint = state.checkpoint
-        self._attempts = state.attempt  # made of the event after the checkpoint
-        self._first_failed_at = state.first_failed_at
-        self._due = 0.0  # monotonic
-        self._current: list[Record] = []  # given out and not settled; more than one only within one crossing into a thread
-        self._next: Record | None = None  # waits for another attempt
-        if state.due_at is not None:
-            self._wait_until(state.due_at)
-
-    @property
-    def checkpoint(self) -> int:
-        """Up to here everything is settled."""
-        return self._checkpoint
-
-    @property
-    def waiting(self) -> int:
-        """1 while an event waits for another attempt."""
-        return int(self._attempts > 0)
-
-    def done(self) -> tuple[int, ...]:
-        """Nothing is settled above the checkpoint."""
-        return ()
-
-    def take(self) -> Attempt | None:
-        """The event after the checkpoint, when it is due."""
-        if self._due and self._lane.environment.clock.monotonic() < self._due:
-            return None
-        record = self._next
-        if record is None:
-            record = self.intake.pop()
-            if record is None:
-                return None
-        self._next = None
-        self._current.append(record)
-        return Attempt(self._lane, self, record, self._attempts + 1 if len(self._current) == 1 else 1)
-
-    def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
-        """The checkpoint moves."""
-        self._pass(attempt)
-        if published:
-            now = self._lane.environment.clock.time()
-            self._lane.send(
-                "log", attempt.record.position, published=tuple(published), conflict=conflict_of(attempt, published, now)
-            )
-        else:
-            self._lane.settled(attempt.record.position)
-
-    def failed(self, failure: Failure) -> None:
-        """The lane waits, or the event is given up."""
-        attempt, lane = failure.attempt, self._lane
-        position = attempt.record.position
-        first = failure.now if self._first_failed_at is None else self._first_failed_at
-        if failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause"):
-            self._pass(attempt)
-            lane.send("log", position, death=death_of(failure, attempt.number, first))
-            return
-        self._put_first(attempt.record)
-        self._attempts, self._first_failed_at = attempt.number, first
-        due_at = failure.now + (failure.delay or 0.0)
-        self._wait_until(due_at)
-        reason = None if failure.delay is not None else summary_of(failure.error)
-        lane.send(
-            "log",
-            position,
-            attempt=attempt.number,
-            due_at=due_at,
-            first_failed_at=first,
-            error=summary_of(failure.error),
-            pause=reason,
-            counts=False,
-        )
-        if reason is not None:
-            lane.holder.pause(reason)
-
-    def given_back(self, attempt: Attempt) -> None:
-        """It is next again."""
-        self._put_first(attempt.record)
-
-    def retry_now(self) -> None:
-        """What waits is due, at attempt 1."""
-        self._attempts, self._due, self._first_failed_at = 0, 0.0, None
-
-    def clear_to(self, position: int) -> bool:
-        """Whether everything up to a position is settled, and the store knows it."""
-        if self._lane.stored >= position:
-            return True
-        if not self._lane.up_to_date() or self.intake.reach() < position:
-            return False
-        opened = [record.position for record in self._current]
-        opened += [p for p in (self.intake.first(), self._next and self._next.position) if p is not None]
-        return min(opened, default=position + 1) > position
-
-    def has_settled(self, record: Record) -> bool:
-        """Whether this event is settled, and the store knows it."""
-        return self._lane.stored >= record.position
-
-    def confirmed(self, unit: Unit) -> None:
-        """Nothing to do: the lane knows the stored checkpoint."""
-
-    def _put_first(self, record: Record) -> None:
-        self._current.remove(record)
-        if self._next is not None:
-            self.intake.put_back(self._next)
-        self._next = record
-
-    def _pass(self, attempt: Attempt) -> None:
-        self._current.remove(attempt.record)
-        self._checkpoint = attempt.record.position
-        self._attempts, self._due, self._first_failed_at = 0, 0.0, None
-
-    def _wait_until(self, due_at: float) -> None:
-        environment = self._lane.environment
-        delay = max(0.0, due_at - environment.clock.time())
-        self._due = environment.clock.monotonic() + delay
-        environment.timers.at(self._due, self._lane.wake)

@@ -11,9 +11,9 @@ import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextvars import Context
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled, current_token
@@ -23,6 +23,7 @@ from eventbus.errors import WrongLoop
 if TYPE_CHECKING:
     import trio
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -69,7 +70,7 @@ def current_loop() -> Loop:
     return _Trio(native)  # type: ignore[arg-type]  # anyio has these two
 
 
-def undisturbed(function: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+def undisturbed(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """A coroutine function for a task of ours, which Ctrl-C must not end in the middle.
 
     trio raises KeyboardInterrupt wherever code of the main task's descent happens to run; with this it goes to the main task.

@@ -13,12 +13,13 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from eventbus._intake import READ_AGAIN
-from eventbus._lanes import Attempt, Failure, Lane, conflict_of, death_of, summary_of
+from eventbus._lanes import Lane
+from eventbus._outcomes import Attempt, Failure, conflict_of, death_of, summary_of
 from eventbus.stores.base import Events, EventsAt, LaneState, Page, Record, Unit, Waiting
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ class HeldSource:
             return attempt.item
         return self._held[attempt.record.position]
 
-    def _go_on(self, attempt: Attempt, **parts: object) -> None:
+    def _go_on(self, attempt: Attempt, **parts: Any) -> None:
         """The first event of a row is settled."""
         held, row = self._of(attempt), self._of(attempt).row
         held.running = False
@@ -354,7 +355,7 @@ class HeldSource:
                 self._active.remove(held)
             self._send(held, row, attempt.record.position, **parts)
 
-    def _send(self, held: Held, row: int | None, position: int, **parts: object) -> None:
+    def _send(self, held: Held, row: int | None, position: int, **parts: Any) -> None:
         self._lane.flush()
         self._unconfirmed.append((held.hold, self._lane.send("row", position, row=row, **parts)))
 
@@ -398,7 +399,7 @@ class HeldSource:
             return
         if isinstance(answer, BaseException):
             _log.error("waiting deliveries could not be read, trying again: %s", answer)
-            self._lane.environment.timers.after(READ_AGAIN, lambda: held.active and self._read(held))
+            self._lane.environment.timers.after(READ_AGAIN, lambda: self._read_again(held))
             return
         held.reading = False
         records = answer.records if isinstance(answer, Page) else answer
@@ -407,6 +408,10 @@ class HeldSource:
         if not held.backlog and held.read_to >= held.up_to:
             self._lose(held)
         self._lane.wake()
+
+    def _read_again(self, held: Held) -> None:
+        if held.active:
+            self._read(held)
 
     def _lose(self, held: Held) -> None:
         """The events of a row are not in the log any more: the row goes."""

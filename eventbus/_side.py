@@ -11,11 +11,12 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from eventbus._lanes import Attempt, Failure, Lane, conflict_of, death_of
+from eventbus._lanes import Lane
+from eventbus._outcomes import Attempt, Failure, conflict_of, death_of
 from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, Record
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class SideSource:
         assert isinstance(attempt.item, Item)
         return attempt.item
 
-    def _send(self, item: Item, *, counts: bool = True, **parts: object) -> None:
+    def _send(self, item: Item, *, counts: bool = True, **parts: Any) -> None:
         letter, position = item.letter, item.record.position
         self._lane.flush()
         if letter is None:

@@ -14,8 +14,9 @@ from contextvars import Context
 from typing import TYPE_CHECKING
 
 from eventbus._attempts import run_plain, timed_out
-from eventbus._lanes import RELEASED, Acked, Attempt, Failed, Lane, Outcome
+from eventbus._lanes import Lane
 from eventbus._loop import Worker
+from eventbus._outcomes import RELEASED, Acked, Attempt, Failed, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

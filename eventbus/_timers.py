@@ -16,7 +16,6 @@ import anyio
 from eventbus._clock import Clock, SystemClock
 from eventbus._loop import Loop
 
-
 LOOK = 0.01
 """Seconds, by the machine, after which a clock that was given is looked at again: it may go at its own pace, or by hand."""
 

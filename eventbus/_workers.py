@@ -18,8 +18,9 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from eventbus._attempts import Running, Torn, failed, timed_out
-from eventbus._lanes import RELEASED, Attempt, Environment, Failed, Lane, Outcome
+from eventbus._lanes import Environment, Lane
 from eventbus._loop import context_for_threads, undisturbed
+from eventbus._outcomes import RELEASED, Attempt, Failed, Outcome
 from eventbus._threads import Crossing, Threads
 from eventbus.hooks import HandlerStuck
 
@@ -272,7 +273,7 @@ class _Task:
             return Failed(timed_out(attempt)) if self._timed_out else outcome
         except Torn:
             raise
-        except BaseException as error:  # an outcome, unless it is our own cancellation on its way to our scope
+        except BaseException as error:  # noqa: BLE001  # an outcome, unless it is our own cancellation on its way out
             return self._outcome(attempt, error)
         finally:
             self._deadline = math.inf

@@ -69,5 +69,5 @@ def notify(hooks: Sequence[Hook], moment: Moment) -> None:
     for hook in hooks:
         try:
             hook(moment)
-        except Exception:
+        except Exception:  # noqa: BLE001  # a hook cannot hurt
             _log.exception("the hook %r failed", hook)

@@ -91,8 +91,8 @@ class Commands:
         derived = tuple(sorted(wanted.derived))
         subscribed = Subscribed(wanted.name, wanted.types, since, wanted.order, wanted.concurrency, None, None, created, derived)
         self._connection.execute(
-            'INSERT INTO subscriptions (name, types, since, "order", concurrency, generation, paused, paused_at, created_at, derived) '
-            "VALUES (?, ?, ?, ?, ?, 1, NULL, NULL, ?, ?)",
+            'INSERT INTO subscriptions (name, types, since, "order", concurrency, generation, paused, paused_at, created_at, '
+            "derived) VALUES (?, ?, ?, ?, ?, 1, NULL, NULL, ?, ?)",
             (wanted.name, _json(wanted.types), _json(since), wanted.order, wanted.concurrency, created, _json(derived)),
         )
         return subscribed
@@ -119,8 +119,8 @@ class Commands:
         )
         if subscribed != known:
             self._connection.execute(
-                'UPDATE subscriptions SET types = ?, since = ?, "order" = ?, concurrency = ?, generation = generation + ?, derived = ? '
-                "WHERE name = ?",
+                'UPDATE subscriptions SET types = ?, since = ?, "order" = ?, concurrency = ?, generation = generation + ?, '
+                "derived = ? WHERE name = ?",
                 (_json(wanted.types), _json(since), wanted.order, wanted.concurrency, int(changed), _json(derived), known.name),
             )
         return subscribed

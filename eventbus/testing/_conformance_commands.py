@@ -84,6 +84,13 @@ class Registering(ConformanceBase):
         changed = self.register(store, types=("a", "c"))
         assert (changed.types, dict(changed.since)) == (("a", "c"), {"a": 0, "b": 0, "c": 3})
 
+    def test_subclasses_are_remembered(self, store: Store) -> None:
+        """Types that ever joined as subclasses are kept as such, also when a program does not name them."""
+        self.register(store, types=("a", "b"), derived=("b",))
+        self.register(store, types=("a", "c"), derived=("c",))
+        assert self.register(store, types=("a",)).derived == ("b", "c")
+        assert store.read(Subscriptions())[0].derived == ("b", "c")
+
     def test_events_of_the_same_batch_come_after_it(self, store: Store) -> None:
         """What a batch appends lies after the start of the subscriptions that it registers."""
         self.append(store, records(1))

@@ -18,7 +18,6 @@ import anyio
 
 from eventbus import RetryPolicy
 from eventbus._clock import SystemClock
-from eventbus._clock import SystemClock
 from eventbus._loop import current_loop
 from eventbus.errors import StoreBusy
 from eventbus.stores.base import Batch, Committed, Register

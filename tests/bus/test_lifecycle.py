@@ -18,7 +18,16 @@ import attrs
 import pytest
 from anyio.lowlevel import checkpoint
 
-from eventbus import BusNotOpen, ConfigurationError, Delivery, EventBus, InvalidSubscription, RetryPolicy, StoreInUse, StoreUnavailable
+from eventbus import (
+    BusNotOpen,
+    ConfigurationError,
+    Delivery,
+    EventBus,
+    InvalidSubscription,
+    RetryPolicy,
+    StoreInUse,
+    StoreUnavailable,
+)
 from tests.bus.support import QUICK, Recorder
 
 

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import attrs
 import pytest
 from hypothesis import given, settings
@@ -221,7 +222,7 @@ async def test_order_none_runs_up_to_concurrency_at_once(db: str) -> None:
         most = max(most, running)
         recorder.add(event.n)
         await go_on.wait()
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         running -= 1
 
     async with bus:
@@ -329,7 +330,7 @@ async def test_an_event_that_takes_long_does_not_stop_the_checkpoint(db: str, mo
     slow_once = False
     async with make(second):
         assert await second.wait_for(1) == [0]
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
     assert second.seen == [0]
 
 

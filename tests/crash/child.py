@@ -20,6 +20,7 @@ import sys
 import zlib
 
 import anyio
+import anyio.lowlevel
 import attrs
 from anyio.abc import TaskGroup
 
@@ -90,7 +91,7 @@ def declare(bus: EventBus) -> None:
     @bus.subscribe(Placed, name="chain")
     async def chain(placed: Placed, delivery: Delivery) -> Reserved:
         place = begun(delivery)
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         say("E", *place)
         return Reserved(placed.source, placed.number, placed.owner)
 

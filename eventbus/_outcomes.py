@@ -1,0 +1,128 @@
+"""Attempts and their outcomes, as data.
+
+publish → journal → store → lanes → workers → *outcome*. A lane gives out an `Attempt`; a worker gives back an `Outcome`; a source
+of the lane turns it into what the store is told. Nothing here does anything but say what happened.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+
+from eventbus.errors import IdempotencyConflict
+from eventbus.stores.base import Death, Record
+
+if TYPE_CHECKING:
+    from eventbus._lanes import Lane, Source
+
+_TRACEBACK = 16_000
+_MESSAGE = 2_000
+
+
+@attrs.define(eq=False)
+class Attempt:
+    """One run of a handler, from the lane that gave it to the outcome.
+
+    Attributes:
+        number: counted from 1.
+        item: what the source knows this delivery by, where the record does not say it.
+        outbox: events that the attempt wants published with its ack.
+        over: its outcome stands; whatever it still does is too late.
+        epoch: the lane's, when it was given out.
+    """
+
+    lane: Lane
+    source: Source
+    record: Record
+    number: int
+    item: object = None
+    replaying: bool = False
+    outbox: list[Record] = attrs.field(factory=list)
+    over: bool = False
+    epoch: int = 0
+
+
+@attrs.frozen
+class Acked:
+    """The handler is done; what it published is committed with the ack."""
+
+    published: Sequence[Record] = ()
+
+
+@attrs.frozen
+class Failed:
+    """The attempt failed. `final`: another one cannot do better."""
+
+    error: BaseException
+    final: bool = False
+
+
+@attrs.frozen
+class Released:
+    """Given back uncounted: the bus is stopping."""
+
+
+@attrs.frozen
+class Undeliverable:
+    """This program has no class for the event, or an older one: the lane waits for a program that has."""
+
+    reason: str
+
+
+Outcome = Acked | Failed | Released | Undeliverable
+ACKED = Acked()
+RELEASED = Released()
+
+
+@attrs.define(eq=False)
+class Failure:
+    """What a source is told of a failed attempt: when to try again (seconds from now), or None to give up."""
+
+    attempt: Attempt
+    error: BaseException
+    delay: float | None
+    final: bool
+    now: float
+
+
+def death_of(failure: Failure, attempts: int, first_failed_at: float | None) -> Death:
+    """How a delivery ends, for its dead letter."""
+    error = failure.error
+    text = "".join(traceback.format_exception(error))
+    return Death(
+        type(error).__name__,
+        _message_of(error)[:_MESSAGE],
+        _printable(text)[-_TRACEBACK:],
+        attempts,
+        failure.now if first_failed_at is None else first_failed_at,
+        failure.now,
+    )
+
+
+def conflict_of(attempt: Attempt, published: Sequence[Record], now: float) -> Death | None:
+    """How a delivery ends if an idempotency key that it publishes with turns out to be taken."""
+    keys = [record.idempotency_key for record in published if record.idempotency_key is not None]
+    if not keys:
+        return None
+    message = f"one of the idempotency keys {keys} that it published with belongs to an event of other content"
+    return Death(IdempotencyConflict.__name__, message, "", attempt.number, now, now)
+
+
+def summary_of(error: BaseException) -> str:
+    """An error in one line, for people who look into the tables."""
+    return f"{type(error).__name__}: {_message_of(error)}"[:_MESSAGE]
+
+
+def _message_of(error: BaseException) -> str:
+    """The error's message, as text that can be stored; errors are made by users, and may fail at that, too."""
+    try:
+        return _printable(str(error))
+    except Exception as second:  # noqa: BLE001  # whatever it is
+        return f"(its message cannot be made: {type(second).__name__})"
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")

@@ -1,0 +1,172 @@
+"""Queries: what a store can be asked.
+
+publish → journal → *store* → *lanes* → workers → outcome. Lanes that are behind read pages of the log; everything else here
+serves replay, history, dead letters and status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Generic
+
+import attrs
+from typing_extensions import TypeVar
+
+from eventbus.stores.commands import DeadLetterFilter, Subscribed
+from eventbus.stores.records import SLOTS, Death, LaneState, Record, Waiting
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@attrs.frozen
+class Query(Generic[T_co]):
+    """A question to the store; each sees one consistent state of it."""
+
+
+@attrs.frozen
+class Page:
+    """A stretch of the log.
+
+    Attributes:
+        records: by position.
+        up_to: every matching event after the asked `after` and up to this position is in `records`. Once a page has said
+            so, no event at or below it appears later.
+        head: the log's last position when it was read.
+    """
+
+    records: Sequence[Record]
+    up_to: int
+    head: int
+
+
+@attrs.frozen
+class Events(Query[Page]):
+    """Events after a position, at most `limit` of them and at most `max_bytes` of data (but at least one event).
+
+    Attributes:
+        until: the last position of interest, None for the head.
+        types: exact names, None for all. key: only events with this key.
+        since, until_time: unix seconds, inclusive.
+    """
+
+    after: int
+    limit: int
+    max_bytes: int
+    until: int | None = None
+    types: tuple[str, ...] | None = None
+    key: str | None = None
+    since: float | None = None
+    until_time: float | None = None
+
+
+@attrs.frozen
+class EventsAt(Query[tuple[Record, ...]]):
+    """The events at these positions, by position; those that are gone are left out."""
+
+    positions: tuple[int, ...]
+
+
+@attrs.frozen
+class Types(Query[Mapping[str, int]]):
+    """The names of the types in the log, each with the position of its last event."""
+
+
+@attrs.frozen
+class Subscriptions(Query[tuple[Subscribed, ...]]):
+    """All stored subscriptions, by name."""
+
+
+@attrs.frozen
+class Lanes(Query[tuple[LaneState, ...]]):
+    """All lanes, or those of one subscription."""
+
+    subscription: str | None = None
+
+
+@attrs.frozen
+class WaitingRow:
+    """A waiting delivery and the lane it belongs to."""
+
+    subscription: str
+    lane: str
+    waiting: Waiting
+
+
+@attrs.frozen
+class WaitingRows(Query[tuple[WaitingRow, ...]]):
+    """The rows of `deliveries`, by position: of one subscription, or of all."""
+
+    subscription: str | None = None
+
+
+@attrs.frozen
+class DeadLetterRow:
+    """A row of `dead_letters`. `record` is its own copy of the event; attempt and due_at belong to the redrive."""
+
+    id: int
+    subscription: str
+    record: Record
+    death: Death
+    redriving: bool
+    attempt: int
+    due_at: float | None
+
+
+@attrs.frozen
+class DeadLetters(Query[tuple[DeadLetterRow, ...]]):
+    """Dead letters with an id above `after`, by id."""
+
+    filter: DeadLetterFilter
+    after: int = 0
+    limit: int | None = None
+
+
+@attrs.frozen
+class CountDeadLetters(Query[Mapping[str, int]]):
+    """How many dead letters each subscription has."""
+
+
+@attrs.frozen
+class Find(Query[Record | None]):
+    """The event with this id, in the log (position > 0) or scheduled (position 0)."""
+
+    event_id: str
+
+
+@attrs.frozen
+class PositionBefore(Query[int]):
+    """The last position before the first event published at or after `time` (unix seconds); the head if there is none."""
+
+    time: float
+
+
+@attrs.frozen
+class Retained:
+    """What the log holds. pruned_to, pruned_time: position and time of the newest event that retention has removed, 0 if none."""
+
+    head: int
+    pruned_to: int
+    pruned_time: float
+    events: int
+
+
+@attrs.frozen
+class LogState(Query[Retained]):
+    """What the log holds. `events` is exact up to 10,000 and 10,001 beyond."""
+
+
+@attrs.frozen
+class NextDue(Query[float | None]):
+    """When the next scheduled event is due (unix seconds)."""
+
+
+@attrs.frozen
+class Lag(Query[tuple[int, float | None]]):
+    """How many events of these types (None: all) lie after `after` up to `until` (None: the head), in the slots
+    from `slots[0]` up to and without `slots[1]`, counted up to `limit`; and the time (unix seconds) of the first."""
+
+    after: int
+    types: tuple[str, ...] | None
+    slots: tuple[int, int] = (0, SLOTS)
+    limit: int = 10_000
+    until: int | None = None

@@ -1,0 +1,229 @@
+"""The records of a store: an event on its way, what an attempt leaves behind, where a lane stands.
+
+publish → journal → *store* → lanes → workers → outcome. A `Record` goes all the way; a `Unit` is how an outcome comes back to the
+store. Beside them stand the few rules that every store and the bus must share: slots, lanes, patterns, checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Literal
+
+import attrs
+
+SLOTS = 1024
+"""Slots that keys are spread over. Stored with every event, so it never changes."""
+
+Order = Literal["type", "key", "log", "none"]
+
+
+# ------------------------------------------------------------------ events
+
+
+@attrs.define(eq=False)
+class Record:
+    """An event on its way: what `publish` made of it, and where it came to lie.
+
+    Not frozen, since the store gives it its `position` and one object goes all the way; nobody else changes it.
+
+    Attributes:
+        position: its place in the log; 0 until it is committed, and while it is scheduled.
+        id: UUIDv7, as text.
+        type, version: stored name and version of its class.
+        time: when it was published, unix seconds to the microsecond.
+        key: what `order="key"` orders by, or None.
+        slot: crc32 of the key (without one: of the id) modulo `SLOTS`.
+        headers: a JSON object of strings as text, or None where there are none.
+        content_type, data: what the codec made of the event.
+        idempotency_key: unique over stored and scheduled events for as long as it is kept.
+        due_at: unix seconds; with it the event is scheduled, and enters the log when it is due.
+        event: the user's object, where handlers may share it; never stored.
+        fault: what was found wrong with it on reading (its checksum), or None.
+    """
+
+    id: str
+    type: str
+    version: int
+    time: float
+    key: str | None
+    slot: int
+    headers: str | None
+    content_type: str
+    data: bytes
+    idempotency_key: str | None = None
+    due_at: float | None = None
+    position: int = 0
+    event: object = None
+    fault: str | None = None
+
+
+def checksum(record: Record, position: int | None = None) -> int:
+    """crc32 over everything of a record that is stored in the log, its position included; of the one given, for a record that
+    has none yet."""
+    place = record.position if position is None else position
+    head = (
+        f"{place}|{record.id}|{record.type}|{record.version}|{record.time!r}|{record.key}|{record.headers}|{record.content_type}|"
+    )
+    return zlib.crc32(record.data, zlib.crc32(head.encode()))
+
+
+def slot_of(key: str) -> int:
+    """The slot of a key, or of the id of an event without one."""
+    return zlib.crc32(key.encode()) % SLOTS
+
+
+def lane_of_slot(slot: int, lanes: int) -> int:
+    """Which of `lanes` equal ranges of slots holds this slot."""
+    return slot * lanes // SLOTS
+
+
+def lane_name(order: Order, concurrency: int, type: str, slot: int) -> str:
+    """The lane of an event, as stores and the bus name it: the type's name for order "type", the number of the range of slots for
+    "key", and "" for the one lane of "log" and "none"."""
+    if order == "type":
+        return type
+    return str(lane_of_slot(slot, concurrency)) if order == "key" else ""
+
+
+def slots_of(lane: str, lanes: int) -> tuple[int, int]:
+    """The range of slots of a lane that is named by its number: from the first up to and without the second."""
+    number = int(lane)
+    return -(-number * SLOTS // lanes), -(-(number + 1) * SLOTS // lanes)
+
+
+def type_matches(pattern: str, type: str) -> bool:
+    """Whether a type name is meant by a pattern: a name, `"prefix.*"`, or `"*"`."""
+    if pattern == "*":
+        return True
+    if pattern.endswith(".*"):
+        return type.startswith(pattern[:-1])
+    return pattern == type
+
+
+def since_of(since: Mapping[str, int], type: str) -> int | None:
+    """Where a subscription begins for this type: the smallest start of the patterns that match it, None without one."""
+    exact = since.get(type)
+    starts = [start for pattern, start in since.items() if pattern.endswith("*") and type_matches(pattern, type)]
+    if exact is not None:
+        starts.append(exact)
+    return min(starts, default=None)
+
+
+def headers_of(record: Record) -> Mapping[str, str]:
+    """The headers of a record as a mapping."""
+    return json.loads(record.headers) if record.headers else {}
+
+
+# ------------------------------------------------------------------ what an attempt leaves behind
+
+
+@attrs.frozen
+class Waiting:
+    """A row of `deliveries`: a delivery, or a key from this position on, that the lane's checkpoint has passed unsettled.
+
+    Attributes:
+        position: the first unsettled position. With a `key`, every event of that key from here up to the lane's checkpoint
+            is unsettled; without one, it is this event alone.
+        attempt: attempts made of the event at `position`.
+        due_at: unix seconds before which it is not tried again.
+        state: "retrying"; "running" where an attempt that takes long was given a row so that the checkpoint could pass it.
+        first_failed_at: unix seconds of the first failed attempt, or None.
+        error: type and message of the last failure, for people to read.
+    """
+
+    position: int
+    key: str | None
+    attempt: int
+    due_at: float
+    state: Literal["retrying", "running"] = "retrying"
+    first_failed_at: float | None = None
+    error: str | None = None
+
+
+@attrs.frozen
+class Death:
+    """A delivery that is given up on. The store copies the event itself from the log into the dead letter."""
+
+    error_type: str
+    error: str
+    traceback: str
+    attempts: int
+    first_failed_at: float
+    last_failed_at: float
+
+
+Source = Literal["log", "row", "redrive", "replay"]
+
+
+@attrs.frozen
+class Unit:
+    """What became of a delivery: written whole or not at all, with the events that its attempt published.
+
+    It is applied only if the lane's epoch holds *and* the delivery is still unsettled in the store. The latter means,
+    by `source`:
+
+    - "log": `position` lies above the lane's checkpoint and is not in its `done`;
+    - "row": the row of `deliveries` at `row` is there;
+    - "redrive": the dead letter `dead_letter` is there, and being redriven;
+    - "replay": always.
+
+    A unit of a lane that settles nothing special (no rows, deaths or events) stands for all deliveries of that lane up to
+    `position`.
+
+    Attributes:
+        position: of the delivery. A unit that reports a retry names the position that is still to settle.
+        checkpoint: the lane's checkpoint from now on; never below the stored one.
+        done: positions above the checkpoint that are settled (order "none" only).
+        attempt, due_at, first_failed_at, error: of the lane's next event, where the lane waits for it (orders "type" and
+            "log"); attempt is 0 where nothing waits.
+        row: position of the row of `deliveries` that this unit removes.
+        rows: rows of `deliveries` that it writes, after the removal.
+        death: the delivery ends as a dead letter. If it has one already (it was replayed), that one is brought up to date.
+        dead_letter: id of the dead letter that is redriven. Without `death` and `retry`, the unit deletes it.
+        retry: the redriven dead letter is tried again: its attempts so far and when it is due.
+        pause: the reason for which the subscription is paused from now on.
+        published: events that become part of the log with this unit. One with an idempotency key that is known is left out.
+        conflict: how the delivery ends if the key of a published event belongs to other content: as a dead letter, without any
+            of its published events. The unit then counts as applied, and is reported in `Committed.conflicts`.
+    """
+
+    subscription: str
+    lane: str
+    epoch: int
+    source: Source
+    position: int
+    checkpoint: int
+    done: tuple[int, ...] = ()
+    attempt: int = 0
+    due_at: float | None = None
+    first_failed_at: float | None = None
+    error: str | None = None
+    row: int | None = None
+    rows: tuple[Waiting, ...] = ()
+    death: Death | None = None
+    dead_letter: int | None = None
+    retry: tuple[int, float] | None = None
+    pause: str | None = None
+    published: tuple[Record, ...] = ()
+    conflict: Death | None = None
+
+
+Refusal = Literal["fenced", "settled"]
+"""Why a unit was left out: the lane's epoch is another now; the delivery was settled before."""
+
+
+@attrs.frozen
+class LaneState:
+    """A row of `lanes`. See `Unit` for the fields."""
+
+    subscription: str
+    lane: str
+    epoch: int
+    checkpoint: int
+    done: tuple[int, ...] = ()
+    attempt: int = 0
+    due_at: float | None = None
+    first_failed_at: float | None = None
+    error: str | None = None
