@@ -428,7 +428,7 @@ class EventBus:
             await self._check_complete(running)
         serving = running.dispatcher.servings.get(name)
         if serving is not None:
-            serving.rewinding = True
+            serving.rewind()
         try:
             states = await running.journal.command(Rewind(name, stretch.after))
             if serving is not None:

@@ -152,7 +152,7 @@ class JSONCodec:
         try:
             return plan.loads(data)
         except Exception as error:
-            if plan.node is None or isinstance(error, msgspec.DecodeError):
+            if plan.node is None:
                 raise
             raise _locate(plan.node, msgspec.json.decode(data), error, _try_load, attrgetter("loaded_parts")) from error
 
@@ -174,7 +174,7 @@ def _read_back(plan: _Plan, event: Any, data: bytes) -> None:
 
 
 def _explained(plan: _Plan, event: Any, error: Exception) -> Fault:
-    if plan.node is None or (isinstance(error, Fault) and error.field):
+    if plan.node is None:
         return Fault(reason_of(error), error.field if isinstance(error, Fault) else "")
     return _locate(plan.node, event, error, _try_dump, attrgetter("parts"))
 
@@ -200,7 +200,7 @@ def _locate(
         segment, node, value, error = failing
         path += segment
     if isinstance(error, Fault) and error.field:
-        path += f".{error.field}"
+        path += error.field if error.field.startswith("[") else f".{error.field}"
     return Fault(reason_of(error), path.removeprefix("."))
 
 

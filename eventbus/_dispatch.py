@@ -110,6 +110,12 @@ class Serving:
         if self.options.order != "type":
             self.feeds[ONE_LANE].retype(self.exact_types())
 
+    def rewind(self) -> None:
+        """Its lanes are about to be set back: give out nothing until that is done."""
+        self.rewinding = True
+        for lane in self.lanes.values():
+            lane.recall()
+
     def rewound(self, after: int, states: Iterable[LaneState]) -> None:
         """Its lanes have been set back; what they were doing does not count any more."""
         for name in self.since:
@@ -189,6 +195,7 @@ class Serving:
         _log.warning("%s is paused: %s", self.options.name, reason)
         self._dispatcher.environment.notify(SubscriptionPaused(self.options.name, reason))
         for lane in self.lanes.values():
+            lane.recall()
             lane.tell_waiters()
         self.redriver.changed()
 
@@ -336,6 +343,8 @@ class Dispatcher:
     def halt(self, error: EventBusError) -> None:
         """Outcomes cannot be written: start no further attempt, or handlers would run for nothing, again and again."""
         self.halted = True
+        for lane in self.lanes():
+            lane.recall()
         self.environment.notify(DispatchHalted(error))
 
     def proceed(self) -> None:

@@ -21,6 +21,7 @@ from cattrs.preconf.msgspec import make_converter
 
 from eventbus._fields import family_of, fields_of, label, unwrap
 from eventbus._foreign import foreign
+from eventbus._immutable import is_deeply_immutable
 from eventbus._leaves import LEAVES, Hook, path_hooks, subclass_hooks
 from eventbus._nodes import (
     JSON,
@@ -236,7 +237,7 @@ def _runs_code(cls: Any) -> bool:
         return True
     if "__init__" in cls.__dict__ and mark not in cls.__dict__:
         return True
-    unguarded = cls.__setattr__ is object.__setattr__
-    return mark == "__attrs_attrs__" and any(
-        a.converter is not None or (a.validator is not None and unguarded) for a in attrs.fields(cls)
-    )
+    if mark == "__dataclass_fields__":
+        return False
+    may_have_changed = not is_deeply_immutable(cls)  # since its validators ran
+    return any(a.converter is not None or (a.validator is not None and may_have_changed) for a in attrs.fields(cls))

@@ -87,6 +87,13 @@ class LogSource(Source, Protocol):
         """Deliveries that wait for another attempt."""
 
 
+class Recallable(Protocol):
+    """Attempts of a lane that are on their way through a thread."""
+
+    def give_back_rest(self) -> None:
+        """Start no further one of them."""
+
+
 class Holder(Protocol):
     """The subscription that a lane belongs to.
 
@@ -187,6 +194,7 @@ class Lane:
         self._dirty = False
         self._newest = 0  # position of the delivery that was settled last
         self._stored = state.checkpoint
+        self.crossings: list[Recallable] = []
         self._waiters: list[tuple[Callable[[], bool], Waiter]] = []
 
     def begin(self, log: LogSource, *others: Source) -> None:
@@ -372,7 +380,9 @@ class Lane:
         return self.log.has_settled(record)
 
     def hindrance(self) -> str | None:
-        """Why this lane gives nothing out for now, if so."""
+        """Why this lane gives nothing out for now, if so. What runs when it is paused still comes to its end."""
+        if self.holder.paused is not None and (self.running or not self.up_to_date()):
+            return None
         if self.holder.paused is not None:
             return f"paused: {self.holder.paused}"
         if self.closed:
@@ -428,7 +438,13 @@ class Lane:
             # What was settled and not sent counts no more; a unit that changes nothing brings the serials together again.
             self.send("log", log.checkpoint, counts=False)
 
+    def recall(self) -> None:
+        """Start nothing more of what was given out already and has not begun."""
+        for crossing in self.crossings:
+            crossing.give_back_rest()
+
     def close(self) -> None:
         """Give out nothing any more."""
         self.closed = True
+        self.recall()
         self.tell_waiters()

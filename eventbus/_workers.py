@@ -303,6 +303,7 @@ class _Task:
         if timeout is not None:
             self._deadline = crossing.started + timeout
             self._pool.watch(self._deadline)
+        lane.crossings.append(crossing)
         self._thread.submit(crossing.run)
         try:
             await crossing.finished.wait()
@@ -311,6 +312,7 @@ class _Task:
             self._leave_behind(lane, crossing, self._thread)
             raise
         finally:
+            lane.crossings.remove(crossing)
             self._crossing = self._thread = None
             if self._timed_out:
                 self._timed_out = False

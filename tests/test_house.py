@@ -23,7 +23,8 @@ from eventbus import errors
 from tests.pages import ROOT, Section, blocks_of, first_cells, page
 
 PACKAGE = ROOT / "eventbus"
-PUBLIC_MODULES = ["errors", "hooks", "stores.base", "stores.sqlite", "testing.conformance"]
+PROTOCOL = ["stores.base", "stores.commands", "stores.queries", "stores.records"]
+PUBLIC_MODULES = ["errors", "hooks", *PROTOCOL, "stores.sqlite", "testing.conformance"]
 MOST_LINES = 500
 
 # ------------------------------------------------------------------ the public names
@@ -281,8 +282,11 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 def test_the_words_of_the_house_stand_lowest() -> None:
     """Errors, records, hooks, time and the Store protocol need nothing else of eventbus."""
-    for module in ("errors", "_model", "hooks", "_clock", "stores.base"):
+    protocol = {f"eventbus.{module}" for module in PROTOCOL}
+    for module in ("errors", "_model", "hooks", "_clock"):
         assert _ours(f"eventbus.{module}") == set(), module
+    for module in protocol:
+        assert _ours(module) <= protocol, module
 
 
 def test_nothing_below_imports_the_bus() -> None:
@@ -307,12 +311,8 @@ def test_a_store_knows_nothing_of_the_bus() -> None:
 
 def test_the_bus_knows_no_store() -> None:
     """The parts between the bus and the store know the protocol; one place turns a path into a SQLite store."""
-    users = {
-        module
-        for module in FILES
-        if not module.startswith("eventbus.stores")
-        and any(m.startswith("eventbus.stores.") and m != "eventbus.stores.base" for m in _ours(module, at_run_time=False))
-    }
+    stores = {module for module in FILES if module.startswith("eventbus.stores.")} - {f"eventbus.{m}" for m in PROTOCOL}
+    users = {module for module in FILES if not module.startswith("eventbus.stores") and stores & _ours(module, at_run_time=False)}
     assert users <= {"eventbus._options"}
 
 

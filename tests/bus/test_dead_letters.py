@@ -319,7 +319,7 @@ async def test_a_redrive_is_not_lost_by_a_restart(db: str) -> None:
         if event.n % 2:
             raise ValueError
 
-    slowly = RetryPolicy(attempts=3, first=3_600, cap=3_600)
+    slowly = RetryPolicy(attempts=3, first=3_600, cap=3_600, jitter=0)
     async with bus_with(db, half, order="key", retry=slowly) as bus:
         assert await bus.dead_letters.redrive(all=True) == 10
         await failed.wait_for(10)
