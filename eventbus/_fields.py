@@ -10,8 +10,9 @@ import dataclasses
 import inspect
 import sys
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, Generic, Literal, NewType, TypeAlias, TypeVar, get_args, get_origin
+from collections.abc import Iterator, Mapping, Set
+from types import UnionType
+from typing import Any, Generic, Literal, NewType, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import attrs
 import msgspec
@@ -158,9 +159,16 @@ def fill(form: Any, values: Mapping[Any, Any], owner: Any = Any) -> Any:
         return values.get(form, Any)
     if form is typing.Self:
         return owner
-    if get_origin(form) is None or not getattr(form, "__parameters__", ()):
+    origin = get_origin(form)
+    if origin is None or origin is Literal:
         return form
-    return form[tuple(values.get(parameter, Any) for parameter in form.__parameters__)]
+    if getattr(form, "__parameters__", ()):
+        form = form[tuple(values.get(parameter, Any) for parameter in form.__parameters__)]
+    args = get_args(form)
+    filled = tuple(fill(arg, values, owner) for arg in args)
+    if filled == args:
+        return form
+    return Union[filled] if origin is UnionType else origin[filled]
 
 
 def unwrap(form: Any) -> Any:
@@ -182,3 +190,19 @@ def label(form: Any) -> str:
     if isinstance(form, type) and get_origin(form) is None:
         return form.__qualname__ if form.__module__ == "builtins" else f"{form.__module__}.{form.__qualname__}"
     return repr(form).replace("typing.", "")
+
+
+def mentions_sets(form: Any, seen: set[Any] | None = None) -> bool:
+    """Whether values of this annotation may hold sets, whose order differs between processes."""
+    seen = set() if seen is None else seen
+    form = unwrap(form)
+    if form in seen:
+        return False
+    seen.add(form)
+    origin = get_origin(form) or form
+    if isinstance(origin, type) and issubclass(origin, Set):
+        return True
+    inside = [] if origin is Literal else list(get_args(form))
+    if family_of(origin) is not None:
+        inside += [field.type for field in fields_of(form)]
+    return any(mentions_sets(part, seen) for part in inside if not isinstance(part, list))

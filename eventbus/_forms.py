@@ -230,14 +230,16 @@ def _init_vars(cls: type) -> list[Any]:
 def _runs_code(cls: Any) -> bool:
     """Whether making an object may give another one than the fields say: then each event is read back when it is published."""
     hooks = ("__post_init__", "__attrs_post_init__", "__attrs_pre_init__", "__attrs_init__", "__pydantic_validator__")
-    if cls.__new__ is not object.__new__ or any(hasattr(cls, name) for name in hooks):
-        return True
     mark = "__attrs_attrs__" if family_of(cls) == "attrs" else "__dataclass_fields__"
-    if "__init__" not in next(base.__dict__ for base in cls.__mro__ if "__init__" in base.__dict__ or mark in base.__dict__):
+    if cls.__new__ is not object.__new__ or _owner(cls, "__init__") is not _owner(cls, mark):
         return True
-    if "__init__" in cls.__dict__ and mark not in cls.__dict__:
+    if any(hasattr(cls, name) for name in hooks):
         return True
     if mark == "__dataclass_fields__":
         return False
     may_have_changed = not is_deeply_immutable(cls)  # since its validators ran
     return any(a.converter is not None or (a.validator is not None and may_have_changed) for a in attrs.fields(cls))
+
+
+def _owner(cls: type, name: str) -> type | None:
+    return next((base for base in cls.__mro__ if name in base.__dict__), None)

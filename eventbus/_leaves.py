@@ -18,7 +18,7 @@ from uuid import UUID
 
 from msgspec import convert
 
-from eventbus._faults import Fault, check_decimal, check_float, check_int, mismatch
+from eventbus._faults import Fault, check_decimal, check_float, check_int, mismatch, shown
 
 Hook = Callable[[Any], Any]
 T = TypeVar("T")
@@ -108,6 +108,8 @@ def dump_datetime(value: Any) -> datetime | str:
     offset = value.utcoffset()
     if offset is None:
         raise Fault("is a naive datetime, which means another instant on another machine; give it a tzinfo, such as UTC")
+    if offset.microseconds:
+        value = value.astimezone(UTC)  # the same instant: fromisoformat takes an offset below a second for none
     return datetime.isoformat(value)  # msgspec would round an offset to minutes
 
 
@@ -118,9 +120,12 @@ def dump_date(value: Any) -> str:
 
 
 def dump_time(value: Any) -> str:
-    if isinstance(value, time):
-        return time.isoformat(value)
-    raise mismatch(time, value)
+    if not isinstance(value, time):
+        raise mismatch(time, value)
+    offset = value.utcoffset()
+    if offset is not None and offset.microseconds:
+        raise Fault(f"is {shown(value)}, whose offset from UTC is not in whole seconds")
+    return time.isoformat(value)
 
 
 def dump_timedelta(value: Any) -> timedelta:

@@ -2,8 +2,8 @@
 
     python examples/github_webhooks.py FILE [--repeat-to N] [--db PATH] [--seed N]
 
-FILE has one webhook a line: {"event": "push", "action": null, "payload": {…}}. Each becomes an event, some of them of classes made
-for them, the rest of a generic one. Three subscriptions handle them all:
+FILE has one webhook a line: {"event": "push", "action": null, "payload": {…}}. Each becomes an event, some of them
+of classes made for them, the rest of a generic one. Three subscriptions handle them all:
 
 - `index` counts the events of each repository, in the order of their arrival (order="key", the key is the repository);
 - `search` writes titles into a SQLite file of its own, a plain function (order="log");
@@ -241,7 +241,7 @@ class Search:
         self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._database.executescript(
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
-            "CREATE TABLE IF NOT EXISTS documents (event_id TEXT PRIMARY KEY, kind TEXT, repository TEXT, title TEXT) WITHOUT ROWID"
+            "CREATE TABLE documents (event_id TEXT PRIMARY KEY, kind TEXT, repository TEXT, title TEXT) WITHOUT ROWID"
         )
 
     def add(self, event_id: str, event: GitHubEvent) -> None:
