@@ -8,11 +8,11 @@ the workers (`_workers`, `_attempts`). `_running` holds what lives while the bus
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from eventbus._clock import Clock, SystemClock
 from eventbus._codec import Codec, JSONCodec
@@ -20,6 +20,7 @@ from eventbus._dead_letters import DeadLetters
 from eventbus._declared import Declared
 from eventbus._events import Registry
 from eventbus._model import DeliveryStatus, Envelope, Receipt, ReplaySummary, Stats, SubscriptionInfo
+from eventbus._opening import Opening
 from eventbus._options import (
     Durability,
     check_counts,
@@ -32,7 +33,7 @@ from eventbus._options import (
     check_stop_timeout,
     store_of,
 )
-from eventbus._replay import Point, Progress, Replay
+from eventbus._replay import Point, Progress, Replay, targets_of
 from eventbus._retry import RetryPolicy
 from eventbus._running import Running, Settings
 from eventbus._subscription import OnExhausted, Start, Subscription, split_types, subscription_of
@@ -43,14 +44,9 @@ from eventbus.errors import (
     ConfigurationError,
     InvalidSubscription,
     NotSupported,
-    RangeNotRetained,
-    UnknownSubscription,
 )
 from eventbus.hooks import Hook
-from eventbus.stores.base import Cancel, Order, Pause, Record, Rewind, Store, Stored, Unsubscribe
-
-if TYPE_CHECKING:
-    from eventbus._dispatch import Serving
+from eventbus.stores.base import Cancel, Order, Pause, Record, Store, Stored, Unsubscribe
 
 Name = str | Callable[..., Any]
 """A subscription: its name, or the handler."""
@@ -120,7 +116,7 @@ class EventBus:
         )
         self._declared = Declared(self._registry)
         self._running: Running | None = None
-        self._opening: _Opening | None = None
+        self._opening: Opening[EventBus] | None = None
         self.dead_letters = DeadLetters(self._open, self._declared)
         """Deliveries given up on: `list`, `get`, `redrive`, `discard`."""
 
@@ -206,7 +202,7 @@ class EventBus:
         *,
         dispatch: bool | Sequence[Name] = True,
         stop_timeout: float = 10.0,
-    ) -> _Opening:
+    ) -> Opening[EventBus]:
         """Open the bus for the body of an `async with`; `async with bus` is `async with bus.open()`.
 
         Entering recovers what was not settled, then dispatches. Leaving lets running attempts finish for `stop_timeout`
@@ -230,7 +226,7 @@ class EventBus:
         else:
             names = {self._declared.declared_name(each) for each in dispatch}
         which = self._store if store is None else store
-        return _Opening(self, lambda: self._start(which, names), self._end, stop_timeout)
+        return Opening(self, lambda: self._start(which, names), self._end, stop_timeout)
 
     async def __aenter__(self) -> Self:
         """Open the bus; see `open`."""
@@ -266,7 +262,7 @@ class EventBus:
         running = self._running
         if running is None:
             raise BusNotOpen("the bus is not open; use it inside `async with bus:`")
-        running.loop.check()
+        running.check()
         return running
 
     # -------------------------------------------------------------- publishing
@@ -383,7 +379,7 @@ class EventBus:
             raise NotSupported("exclusive replays are not there yet in this version; replay without exclusive=True")
         if rate is not None:
             check_numbers(rate=rate)
-        targets = self._targets(running, to)
+        targets = targets_of(running.dispatcher, self._declared, to)
         patterns = self._declared.patterns(types)
         stretch = await running.history.range(since, after, until)
         replay = Replay(
@@ -394,20 +390,6 @@ class EventBus:
             return await replay.run()
         finally:
             running.replays.discard(replay)
-
-    def _targets(self, running: Running, to: Name | Iterable[Name] | None) -> list[Serving]:
-        servings = running.dispatcher.servings
-        if to is None:
-            return [serving for serving in servings.values() if serving.options.replay]
-        targets = []
-        for each in [to] if isinstance(to, str) or callable(to) else to:
-            name = self._declared.declared_name(each)
-            if name not in servings:
-                raise UnknownSubscription(f"the subscription {name!r} is not dispatched here; a replay needs its handler")
-            if not servings[name].options.replay:
-                raise ConfigurationError(f"the subscription {name!r} was declared with replay=False")
-            targets.append(servings[name])
-        return targets
 
     async def rewind(self, subscription: Name, *, since: Point = None, after: int | None = None) -> None:
         """Move a subscription's checkpoints back: what lies after is handled again, as if it were new.
@@ -425,24 +407,8 @@ class EventBus:
         name = self._declared.name_of(subscription)
         stretch = await running.history.range(since, after, None)
         if since is None and after is None:
-            await self._check_complete(running)
-        serving = running.dispatcher.servings.get(name)
-        if serving is not None:
-            serving.rewind()
-        try:
-            states = await running.journal.command(Rewind(name, stretch.after))
-            if serving is not None:
-                serving.rewound(stretch.after, states)
-        finally:
-            if serving is not None and serving.rewinding:
-                serving.rewinding = False
-                running.dispatcher.wake_all()
-
-    async def _check_complete(self, running: Running) -> None:
-        try:
-            await running.history.range(None, 0, None)
-        except RangeNotRetained as error:
-            raise RangeNotRetained(f"{error}; give since= or after= to rewind to what is left") from None
+            await running.history.check_complete()
+        await running.rewind(name, stretch.after)
 
     async def history(
         self,
@@ -529,32 +495,3 @@ class EventBus:
         await running.journal.command(Unsubscribe(name))
         self._declared.remove(name)
         await running.forget(name)
-
-
-class _Opening:
-    """What `EventBus.open` returns: enters and leaves one run of the bus."""
-
-    def __init__(
-        self, bus: EventBus, start: Callable[[], Awaitable[Running]], ended: Callable[[], object], stop_timeout: float
-    ) -> None:
-        self._bus = bus
-        self._start = start
-        self._ended = ended
-        self._stop_timeout = stop_timeout
-        self._running: Running | None = None
-
-    async def __aenter__(self) -> EventBus:
-        self._running = await self._start()
-        return self._bus
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        running, self._running = self._running, None
-        if running is None:
-            raise BusNotOpen("the bus is not open")
-        try:
-            await running.stop(self._stop_timeout)
-        finally:
-            self._ended()
-            await running.end_group(kind, error, traceback)

@@ -118,7 +118,7 @@ class JSONCodec:
             return _Plan(own.dumps, own.loads, reads_back=True, node=None)
         if family_of(cls) is None:
             raise InvalidEventType(f"{label(cls)} is no event class")
-        node = self._forms.prepare(cls)
+        node = self._forms.node(cls)
         dump, load = node.dump, node.load
         to_json, from_json = msgspec.json.Encoder().encode, msgspec.json.Decoder().decode
         return _Plan(lambda event: to_json(dump(event)), lambda data: load(from_json(data)), reads_back(node), node)

@@ -6,6 +6,7 @@ one for all handlers where the class is deeply immutable, otherwise each has its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from eventbus._clock import to_datetime
@@ -38,16 +39,14 @@ class Decoder:
         """
         if record.event is not None:
             return record.event
-        if record.fault is not None:
-            raise UndecodableEvent(record.type, record.version, record.fault)
+        event = self._decode(record)
         kind = self._registry.by_name(record.type)
-        event = self._decode(record.type, record.version, record.content_type, record.data)
         if kind is not None and kind.shared:
             record.event = event
         return event
 
     def envelope(self, record: Record) -> Envelope:
-        """The envelope of a record."""
+        """The envelope of a record. Of a damaged one its `event` raises, and its headers are left out if they are the damage."""
         return Envelope(
             record.position,
             record.id,
@@ -55,10 +54,10 @@ class Decoder:
             record.version,
             to_datetime(record.time),
             record.key,
-            headers_of(record),
+            _headers(record),
             record.content_type,
             record.data,
-            lambda envelope: self._decode(envelope.type, envelope.version, envelope.content_type, envelope.data),
+            lambda _envelope: self._decode(record),
         )
 
     def dead_letter(self, row: DeadLetterRow) -> DeadLetter:
@@ -77,19 +76,31 @@ class Decoder:
             row.redriving,
         )
 
-    def _decode(self, type: str, version: int, content_type: str, data: bytes) -> object:
+    def _decode(self, record: Record) -> object:
+        type, version = record.type, record.version
+        if record.fault is not None:
+            raise UndecodableEvent(type, version, record.fault)
         kind = self._registry.by_name(type)
         if kind is None:
             raise UnknownEventType(type, version, "no class is registered for it; import the module that defines it")
         if version > kind.version:
             found = f"the class here, {kind.cls.__qualname__}, is version {kind.version}; a newer program wrote it"
             raise UnknownEventType(type, version, found)
-        if content_type != self._codec.content_type:
-            found = f"its content type is {content_type!r}, the codec's is {self._codec.content_type!r}"
+        if record.content_type != self._codec.content_type:
+            found = f"its content type is {record.content_type!r}, the codec's is {self._codec.content_type!r}"
             raise UndecodableEvent(type, version, found)
         try:
-            return self._codec.decode(data, kind.cls)
+            return self._codec.decode(record.data, kind.cls)
         except EventBusError:
             raise
         except Exception as error:
             raise UndecodableEvent(type, version, f"{error!s:.500}") from error
+
+
+def _headers(record: Record) -> Mapping[str, str]:
+    try:
+        return headers_of(record)
+    except ValueError:
+        if record.fault is None:
+            raise
+        return {}

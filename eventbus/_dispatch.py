@@ -19,7 +19,7 @@ from eventbus._model import Delivery, Draft
 from eventbus._outcomes import Attempt
 from eventbus._side import Redriver
 from eventbus._strict import StrictSource
-from eventbus.errors import BusNotOpen, EventBusError
+from eventbus.errors import BusNotOpen, EventBusError, UndecodableEvent
 from eventbus.hooks import DispatchHalted, SubscriptionPaused
 from eventbus.stores.base import (
     SLOTS,
@@ -227,6 +227,8 @@ class Serving:
     def arguments(self, attempt: Attempt) -> tuple[object, ...]:
         """What the handler is called with."""
         decoder, record = self._dispatcher.decoder, attempt.record
+        if record.fault is not None:
+            raise UndecodableEvent(record.type, record.version, record.fault)
         takes_envelope, takes_delivery = self.options.takes_envelope, self.options.takes_delivery
         if not takes_envelope and not takes_delivery:
             return (decoder.event(record),)

@@ -10,7 +10,8 @@ import dataclasses
 import inspect
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from types import UnionType
 from typing import Any, Generic, Literal, NewType, TypeAlias, TypeVar, Union, get_args, get_origin
 
@@ -168,7 +169,7 @@ def fill(form: Any, values: Mapping[Any, Any], owner: Any = Any) -> Any:
     filled = tuple(fill(arg, values, owner) for arg in args)
     if filled == args:
         return form
-    return Union[filled] if origin is UnionType else origin[filled]
+    return Union[filled] if origin is UnionType else origin[filled]  # noqa: UP007  # made at run time
 
 
 def unwrap(form: Any) -> Any:
@@ -200,7 +201,7 @@ def mentions_sets(form: Any, seen: set[Any] | None = None) -> bool:
         return False
     seen.add(form)
     origin = get_origin(form) or form
-    if isinstance(origin, type) and issubclass(origin, Set):
+    if isinstance(origin, type) and issubclass(origin, AbstractSet):
         return True
     inside = [] if origin is Literal else list(get_args(form))
     if family_of(origin) is not None:

@@ -91,7 +91,7 @@ def _pydantic(cls: Any) -> Foreign:
 
 
 def _ordered(value: Any, text: str) -> bytes:
-    """pydantic's JSON with the items of sets in order, so that equal events give equal bytes in every process."""
+    """Pydantic's JSON with the items of sets in order, so that equal events give equal bytes in every process."""
     json = msgspec.json.decode(text)
     _put_in_order(value, json)
     return msgspec.json.encode(json)

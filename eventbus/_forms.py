@@ -19,7 +19,7 @@ from cattrs import Converter
 from cattrs.errors import StructureHandlerNotFoundError
 from cattrs.preconf.msgspec import make_converter
 
-from eventbus._fields import family_of, fields_of, label, unwrap
+from eventbus._fields import family_of, fields_of, hints_of, label, unwrap
 from eventbus._foreign import foreign
 from eventbus._immutable import is_deeply_immutable
 from eventbus._leaves import LEAVES, Hook, path_hooks, subclass_hooks
@@ -49,37 +49,39 @@ class Forms:
         self.converter: Converter = make_converter()
         self._any = any_node()
         self._nodes: dict[Any, Node] = {}
+        self._begun: list[Any] = []
         for form, (dump, load, kind) in LEAVES.items():
             self._nodes[form] = Node(form, dump, load, frozenset({kind}), (form,))
         self._nodes[NoneType].values = frozenset({(NoneType, None)})
         self._teach_converter()
 
-    def prepare(self, cls: type) -> Node:
-        """The node of an event class; what was built for it goes again if it cannot be.
+    def node(self, form: Any) -> Node:
+        """The node of an annotation; built at first sight.
 
         Raises:
-            InvalidEventType: it, or a type in it, cannot be stored.
+            InvalidEventType: it, or a type in it, cannot be stored; then nothing of it is kept.
         """
-        before = set(self._nodes)
-        try:
-            return self.node(cls)
-        except BaseException:
-            for form in set(self._nodes) - before:
-                del self._nodes[form]
-            raise
-
-    def node(self, form: Any) -> Node:
-        """The node of an annotation; built at first sight."""
         form = unwrap(form)
         if form is None:
             form = NoneType
         if form is Any or form is object or isinstance(form, TypeVar):
             return self._any
-        found = self._nodes.get(form)
-        if found is None:
-            found = self._nodes[form] = Node(form)
-            self._build(found, form)
-        return found
+        return self._nodes.get(form) or self._new_node(form)
+
+    def _new_node(self, form: Any) -> Node:
+        is_first, node = not self._begun, Node(form)
+        self._begun.append(form)
+        self._nodes[form] = node
+        try:
+            self._build(node, form)
+        except BaseException:
+            for begun in self._begun if is_first else ():  # also what was finished, for it may refer to what was not
+                del self._nodes[begun]
+            raise
+        finally:
+            if is_first:
+                self._begun.clear()
+        return node
 
     def _build(self, node: Node, form: Any) -> None:
         origin, args = get_origin(form) or form, get_args(form)
@@ -89,6 +91,9 @@ class Forms:
             build_union(node, [self.node(arg) for arg in args], self)
         elif _is_collection(origin):
             self._build_collection(node, origin, args)
+        elif _is_named_tuple(origin):
+            hints = hints_of(origin)
+            build_tuple(node, tuple(self.node(hints.get(name, Any)) for name in origin._fields), origin)
         elif isinstance(origin, type) and issubclass(origin, Enum):
             build_enum(node, origin)
         elif isinstance(origin, type) and issubclass(origin, PurePath):
@@ -157,12 +162,12 @@ class Forms:
         build_class(node, cls, stored)
 
     def _teach_converter(self) -> None:
-        """What cattrs builds by itself (NamedTuple, TypedDict, deque, …) uses our strict hooks inside."""
+        """What cattrs builds by itself (TypedDict, deque, …) uses our strict hooks inside."""
         for form, (dump, load, _) in LEAVES.items():
             self.converter.register_structure_hook(form, _ignoring_type(load))
             self.converter.register_unstructure_hook(form, dump)
-        self.converter.register_structure_hook_factory(self._knows, lambda form: _Load(self, form))
-        self.converter.register_unstructure_hook_factory(self._knows, lambda form: _Dump(self, form))
+        self.converter.register_structure_hook_factory(self._knows, lambda form: _Load(self.node(form)))
+        self.converter.register_unstructure_hook_factory(self._knows, lambda form: _Dump(self.node(form)))
 
     def _knows(self, form: Any) -> bool:
         origin = get_origin(form) or form
@@ -170,6 +175,7 @@ class Forms:
             origin in {Literal, Union, UnionType}
             or _is_collection(origin)
             or family_of(origin) is not None
+            or _is_named_tuple(origin)
             or (isinstance(origin, type) and issubclass(origin, (Enum, PurePath)))
         )
 
@@ -182,20 +188,18 @@ def _ignoring_type(load: Hook) -> Any:
 class _Load:
     """A hook of ours in the converter; a class, so that it can be told from a user's."""
 
-    forms: Forms
-    form: Any
+    node: Node
 
     def __call__(self, value: Any, _: Any) -> Any:
-        return self.forms.node(self.form).load(value)
+        return self.node.load(value)
 
 
 @attrs.frozen(eq=False)
 class _Dump:
-    forms: Forms
-    form: Any
+    node: Node
 
     def __call__(self, value: Any) -> Any:
-        return self.forms.node(self.form).dump(value)
+        return self.node.dump(value)
 
 
 def _is_collection(origin: Any) -> bool:
@@ -203,6 +207,10 @@ def _is_collection(origin: Any) -> bool:
         return origin is tuple or origin in MAPPINGS or origin in SETS or origin in SEQUENCES
     except TypeError:
         return False
+
+
+def _is_named_tuple(origin: Any) -> bool:
+    return isinstance(origin, type) and issubclass(origin, tuple) and hasattr(origin, "_fields")
 
 
 def _build_foreign(node: Node, cls: type) -> None:

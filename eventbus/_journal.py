@@ -257,9 +257,9 @@ class Journal:
                     self._put_back(pending, error)
                     self._post(self._on_failed, pending, error)
                 except BaseException as error:  # noqa: BLE001  # a fault of ours or the store's: nobody may wait for ever
-                    wrapped = StoreError(f"the store failed unexpectedly: {error!r}")
+                    wrapped = PublishOutcomeUnknown([record.id for ticket in pending.appends for record in ticket.records])
                     wrapped.__cause__ = error
-                    self._post(self._on_failed, pending, wrapped)
+                    self._post(self._on_failed, pending, wrapped, StoreError(f"the store failed unexpectedly: {error!r}"))
                 else:
                     self._last_commit = self._clock.monotonic()
                     self._post(self._on_committed, pending, committed)
@@ -329,9 +329,9 @@ class Journal:
             self._decide(ticket, result)
         self._admit_waiting()
 
-    def _on_failed(self, pending: _Pending, error: EventBusError) -> None:
-        if not isinstance(error, _PASSING):
-            self._crash = error
+    def _on_failed(self, pending: _Pending, error: EventBusError, crash: EventBusError | None = None) -> None:
+        if crash is not None or not isinstance(error, _PASSING):
+            self._crash = crash or error
             _log.critical("the journal has stopped: %s", error, exc_info=error)
         for ticket in pending.appends:
             self._decide(ticket, _again(error, ticket.records))

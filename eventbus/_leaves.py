@@ -110,7 +110,8 @@ def dump_datetime(value: Any) -> datetime | str:
         raise Fault("is a naive datetime, which means another instant on another machine; give it a tzinfo, such as UTC")
     if offset.microseconds:
         value = value.astimezone(UTC)  # the same instant: fromisoformat takes an offset below a second for none
-    return datetime.isoformat(value)  # msgspec would round an offset to minutes
+    text = datetime.isoformat(value)  # msgspec would round an offset to minutes
+    return text[:-6] + "Z" if text.endswith("+00:00") else text  # as msgspec writes UTC
 
 
 def dump_date(value: Any) -> str:

@@ -234,26 +234,28 @@ def _in_order(items: list[Any]) -> list[Any]:
     return items
 
 
-def build_tuple(node: Node, items: tuple[Node, ...]) -> None:
-    """tuple[A, B]."""
+def build_tuple(node: Node, items: tuple[Node, ...], cls: type[tuple[Any, ...]] = tuple) -> None:
+    """tuple[A, B], and subclasses of NamedTuple."""
     dumps, loads, size = [item.dumper for item in items], [item.loader for item in items], len(items)
+    segments = [f".{name}" for name in getattr(cls, "_fields", ())] or [f"[{i}]" for i in range(size)]
+    construct = tuple if cls is tuple else cast("Any", cls)._make  # noqa: SLF001  # public, in spite of its name
 
     def dump(value: Any) -> Any:
-        if isinstance(value, tuple) and len(value) == size:
+        if isinstance(value, cls) and len(value) == size:
             return [dump_item(part) for dump_item, part in zip(dumps, value, strict=True)]
         raise mismatch(node.form, value)
 
     def load(value: Any) -> Any:
         if type(value) is list and len(value) == size:
-            return tuple([load_item(part) for load_item, part in zip(loads, value, strict=True)])
+            return construct([load_item(part) for load_item, part in zip(loads, value, strict=True)])
         raise mismatch(node.form, value)
 
     def parts(value: Any) -> Iterable[Part]:
-        return [(f"[{i}]", item, part) for i, (item, part) in enumerate(zip(items, value, strict=False))]
+        return list(zip(segments, items, value, strict=False))
 
     node.dump, node.load = dump, load
-    node.kinds, node.classes, node.children = frozenset({list}), (tuple,), items
-    node.parts = lambda value: parts(value) if isinstance(value, tuple) else ()
+    node.kinds, node.classes, node.children = frozenset({list}), (cls,), items
+    node.parts = lambda value: parts(value) if isinstance(value, cls) else ()
     node.loaded_parts = lambda value: parts(value) if isinstance(value, list) else ()
 
 

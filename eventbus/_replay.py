@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,11 @@ import attrs
 from eventbus._lanes import Lane
 from eventbus._model import Envelope, ReplaySummary
 from eventbus._side import Item, SideSource
-from eventbus.errors import BusNotOpen, ConfigurationError, RangeNotRetained
+from eventbus.errors import BusNotOpen, ConfigurationError, RangeNotRetained, UnknownSubscription
 from eventbus.stores.base import Events, LogState, Page, PositionBefore, Record, Retained, type_matches
 
 if TYPE_CHECKING:
+    from eventbus._declared import Declared
     from eventbus._dispatch import Dispatcher, Serving
     from eventbus._reader import Reader
 
@@ -101,6 +102,14 @@ class History:
             raise RangeNotRetained(f"the range begins at {start}, and retention has removed events up to {log.pruned_to}")
         return start
 
+    async def check_complete(self) -> None:
+        """Raise `RangeNotRetained` if the log does not reach back to its beginning."""
+        log = await self._reader.ask(LogState())
+        if log.pruned_to:
+            raise RangeNotRetained(
+                f"retention has removed events up to {log.pruned_to}; give since= or after= to rewind to what is left"
+            )
+
     async def page(self, stretch: Range, after: int, types: tuple[str, ...] | None, key: str | None = None) -> Page:
         """The next page of a stretch."""
         return await self._reader.ask(
@@ -123,6 +132,22 @@ class History:
 def exact(patterns: Sequence[str]) -> tuple[str, ...] | None:
     """The names to read by, or None where all must be read."""
     return None if not patterns or any(p.endswith("*") for p in patterns) else tuple(patterns)
+
+
+def targets_of(dispatcher: Dispatcher, declared: Declared, to: object) -> list[Serving]:
+    """The subscriptions that a replay is for: those named by `to`, or all that allow it."""
+    servings = dispatcher.servings
+    if to is None:
+        return [serving for serving in servings.values() if serving.options.replay]
+    targets = []
+    for each in to if isinstance(to, Iterable) and not isinstance(to, str) else [to]:
+        name = declared.declared_name(each)
+        if name not in servings:
+            raise UnknownSubscription(f"the subscription {name!r} is not dispatched here; a replay needs its handler")
+        if not servings[name].options.replay:
+            raise ConfigurationError(f"the subscription {name!r} was declared with replay=False")
+        targets.append(servings[name])
+    return targets
 
 
 @attrs.define(eq=False)

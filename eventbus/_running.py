@@ -32,9 +32,9 @@ from eventbus._timers import Timers
 from eventbus._upkeep import Keeping, Upkeep
 from eventbus._waiting import Waiting
 from eventbus._workers import Pool
-from eventbus.errors import EventBusError
+from eventbus.errors import EventBusError, WrongLoop
 from eventbus.hooks import Hook, notify
-from eventbus.stores.base import Beat, Instance, LogState, Register, Registration, Subscribed
+from eventbus.stores.base import Beat, Instance, LogState, Register, Registration, Rewind, Subscribed
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -112,6 +112,12 @@ class Running:
 
     def _schedule(self, lane: Lane) -> None:
         self.pool.schedule(lane)
+
+    def check(self) -> None:
+        """Raise `WrongLoop` in another loop or thread, and in a forked child, which has none of our threads."""
+        if os.getpid() != self.instance.pid:
+            raise WrongLoop("this process was forked from the one that opened the bus; make and open an EventBus of its own here")
+        self.loop.check()
 
     # -------------------------------------------------------------- the start
 
@@ -257,6 +263,19 @@ class Running:
             return
         for stored in result:
             self.dispatcher.retype(stored)
+
+    async def rewind(self, name: str, after: int) -> None:
+        """Set a subscription's checkpoints back; its lanes begin again from there."""
+        serving = self.dispatcher.servings.get(name)
+        if serving is None:
+            await self.journal.command(Rewind(name, after))
+            return
+        serving.rewind()
+        try:
+            serving.rewound(after, await self.journal.command(Rewind(name, after)))
+        finally:
+            serving.rewinding = False
+            self.dispatcher.wake_all()
 
     async def forget(self, name: str) -> None:
         """A subscription has been removed."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+import warnings
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -387,3 +389,22 @@ async def test_unknown_names(method: str) -> None:
         for name in ("nobody", print):
             with pytest.raises(UnknownSubscription):
                 await getattr(bus, method)(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+async def test_a_forked_child(db: str) -> None:
+    """In a forked child the bus raises at once and says what to do; the parent goes on."""
+    async with EventBus(db) as bus:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, that threads do not live on in the child
+            child = os.fork()
+        if child == 0:
+            try:
+                await bus.publish(Placed("1"))
+            except WrongLoop as error:
+                os._exit(7 if "forked" in str(error) else 1)
+            finally:
+                os._exit(2)
+        status = os.waitpid(child, 0)[1]  # noqa: ASYNC222  # it ends at once
+        assert os.waitstatus_to_exitcode(status) == 7
+        assert (await bus.publish(Placed("2"))).position == 1

