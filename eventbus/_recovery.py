@@ -117,14 +117,15 @@ def claim_lane(dispatcher: Dispatcher, journal: Journal, instance: Instance, ser
 
 
 async def note_others(dispatcher: Dispatcher, reader: Reader, registered: Collection[str]) -> None:
-    """Remember the stored subscriptions that are not dispatched here, and report those without a handler."""
+    """Remember the stored subscriptions that are not dispatched here, and report those without a handler, once."""
+    known = set(dispatcher.others)
     dispatcher.others.clear()
     for stored in await reader.ask(Subscriptions()):
         if stored.name in dispatcher.servings:
             continue
         reason = "not dispatched here" if stored.name in registered else "no handler"
         dispatcher.others[stored.name] = (stored, reason)
-        if reason == "no handler":
+        if reason == "no handler" and stored.name not in known:
             _log.warning(
                 "the stored subscription %r has no handler in this program; its events wait. "
                 "Import the module that registers it, or remove it with `await bus.unsubscribe(%r)`",
