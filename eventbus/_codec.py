@@ -19,7 +19,7 @@ from eventbus._faults import MAX_DEPTH, TOO_DEEP, Fault, depth, difference, reas
 from eventbus._fields import family_of, label
 from eventbus._foreign import foreign
 from eventbus._forms import Forms
-from eventbus._nodes import Node, Parts, reads_back
+from eventbus._nodes import Node, Parts, deepest, reads_back
 from eventbus.errors import InvalidEventType
 
 __all__ = ["Codec", "Fault", "JSONCodec"]
@@ -59,10 +59,18 @@ class Codec(Protocol):
 
 @attrs.frozen(eq=False)
 class _Plan:
-    """What is decided about a class: `dumps` and `loads` go straight, `node` says where a fault is."""
+    """What is decided about a class.
+
+    Attributes:
+        dumps, loads: straight there and back.
+        measured: its types set no bound to how deep it nests.
+        reads_back: each event is read back before it is accepted.
+        node: says where a fault is; None where `dumps` and `loads` say so themselves.
+    """
 
     dumps: Callable[[Any], bytes]
     loads: Callable[[bytes], Any]
+    measured: bool
     reads_back: bool
     node: Node | None
 
@@ -115,13 +123,19 @@ class JSONCodec:
     def _make_plan(self, cls: type) -> _Plan:
         if family_of(cls) in {"struct", "pydantic"}:
             own = foreign(cls)
-            return _Plan(own.dumps, own.loads, reads_back=True, node=None)
+            return _Plan(own.dumps, own.loads, measured=True, reads_back=True, node=None)
         if family_of(cls) is None:
             raise InvalidEventType(f"{label(cls)} is no event class")
         node = self._forms.node(cls)
         dump, load = node.dump, node.load
         to_json, from_json = msgspec.json.Encoder().encode, msgspec.json.Decoder().decode
-        return _Plan(lambda event: to_json(dump(event)), lambda data: load(from_json(data)), reads_back(node), node)
+        return _Plan(
+            dumps=lambda event: to_json(dump(event)),
+            loads=lambda data: load(from_json(data)),
+            measured=deepest(node) > MAX_DEPTH,
+            reads_back=reads_back(node),
+            node=node,
+        )
 
     def encode(self, event: Any) -> bytes:
         """The event as UTF-8 JSON.
@@ -133,7 +147,7 @@ class JSONCodec:
         plan = self._plans.get(type(event)) or self._plan(type(event))
         try:
             data = plan.dumps(event)
-            if depth(data) > MAX_DEPTH:
+            if plan.measured and depth(data) > MAX_DEPTH:
                 raise Fault(TOO_DEEP)  # noqa: TRY301  # one place makes the message
         except Exception as error:
             raise _explained(plan, event, error) from error
@@ -166,9 +180,10 @@ def _read_back(plan: _Plan, event: Any, data: bytes) -> None:
     except Exception as error:
         where = error.field if isinstance(error, Fault) else ""
         raise Fault(f"could not be read back: {reason_of(error)}", where) from error
-    if again == event:
-        return
-    found = difference(event, again)
+    try:
+        found = None if again == event else difference(event, again)
+    except Exception as error:
+        raise Fault(f"cannot be compared with what would come back: {reason_of(error)}") from error
     if found is not None:
         raise Fault(f"would come back as {shown(found.after)}, not {shown(found.before)}", found.path)
 

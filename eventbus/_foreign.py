@@ -14,7 +14,7 @@ from typing import Any, cast
 import attrs
 import msgspec
 
-from eventbus._faults import Fault, walk
+from eventbus._faults import Fault, explain, is_fine
 from eventbus._fields import family_of, label, mentions_sets
 from eventbus.errors import InvalidEventType
 
@@ -38,8 +38,13 @@ def foreign(cls: type) -> Foreign:
     def dumps(value: Any) -> bytes:
         if type(value) is not cls:
             raise Fault(f"expected {label(cls)}, got {label(type(value))}")
-        walk(value)
-        return own.dumps(value)
+        if not is_fine(value):
+            explain(value)
+        try:
+            return own.dumps(value)
+        except Exception:
+            explain(value)  # knows the field of a lone surrogate
+            raise
 
     return Foreign(dumps, own.loads)
 

@@ -46,7 +46,7 @@ class Forms:
     """The nodes of all annotations met so far. `converter` decides about types that are not known here."""
 
     def __init__(self) -> None:
-        self.converter: Converter = make_converter()
+        self.converter: Converter = make_converter(structure_fallback_factory=_not_found)
         self._any = any_node()
         self._nodes: dict[Any, Node] = {}
         self._begun: list[Any] = []
@@ -178,6 +178,11 @@ class Forms:
             or _is_named_tuple(origin)
             or (isinstance(origin, type) and issubclass(origin, (Enum, PurePath)))
         )
+
+
+def _not_found(form: Any) -> Hook:
+    """Found out at registration; by itself an older cattrs would raise only when a value comes."""
+    raise StructureHandlerNotFoundError(f"no hook for {label(form)}", form)
 
 
 def _ignoring_type(load: Hook) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias, cast
 import attrs
 import msgspec
 
-from eventbus._faults import Fault, check_json, mismatch, shown
+from eventbus._faults import MAX_DEPTH, Fault, check_json, mismatch, shown
 from eventbus._fields import Field, label
 from eventbus._leaves import Hook
 from eventbus.errors import InvalidEventType
@@ -89,6 +89,16 @@ def reads_back(node: Node) -> bool:
         seen.update(map(id, fresh))
         waiting.extend(fresh)
     return False
+
+
+def deepest(node: Node, known: dict[int, int] | None = None) -> int:
+    """How deep the JSON of a node can nest at most; more than `MAX_DEPTH` where the types set no bound."""
+    known = {} if known is None else known
+    if id(node) not in known:
+        known[id(node)] = MAX_DEPTH + 1  # what it is, if it is met again inside itself
+        if node.children or not node.kinds & {list, dict}:
+            known[id(node)] = 1 + max((deepest(child, known) for child in node.children), default=0)
+    return known[id(node)]
 
 
 def _identity(value: Any) -> Any:
@@ -238,7 +248,7 @@ def build_tuple(node: Node, items: tuple[Node, ...], cls: type[tuple[Any, ...]] 
     """tuple[A, B], and subclasses of NamedTuple."""
     dumps, loads, size = [item.dumper for item in items], [item.loader for item in items], len(items)
     segments = [f".{name}" for name in getattr(cls, "_fields", ())] or [f"[{i}]" for i in range(size)]
-    construct = tuple if cls is tuple else cast("Any", cls)._make  # noqa: SLF001  # public, in spite of its name
+    construct = tuple if cls is tuple else cast("Any", cls)._make
 
     def dump(value: Any) -> Any:
         if isinstance(value, cls) and len(value) == size:

@@ -414,10 +414,14 @@ def report(done: Done, seconds: float) -> None:
     )
 
 
+def search_file(database: Path) -> Path:
+    return database.with_name(database.name + ".search")
+
+
 def run(webhooks: Webhooks, total: int, seed: int, database: Path) -> int:
     """All of it; returns the exit code."""
     began = time.monotonic()
-    with closing(Search(database.with_name(database.name + ".search"))) as search:
+    with closing(Search(search_file(database))) as search:
         service = Service(EventBus(database), search, seed)
         anyio.run(through_the_bus, service, webhooks, total)
         service.done.documents, service.done.found = search.kinds(), search.count(WORD)
@@ -437,8 +441,8 @@ def main() -> int:
     parser.add_argument("--db", type=Path, metavar="PATH", help="a new file, which is kept (default: one that is removed)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if options.db is not None and options.db.exists():
-        parser.error(f"{options.db} exists; the count would not be right")
+    if options.db is not None and (options.db.exists() or search_file(options.db).exists()):
+        parser.error(f"{options.db} or {search_file(options.db)} exists; what is in it would be counted, too")
     logging.getLogger("eventbus").setLevel(logging.CRITICAL)  # the failures are wanted
     webhooks: Webhooks = [json.loads(line) for line in options.file.read_text(encoding="utf-8").splitlines()]
     folder = Path(tempfile.mkdtemp(prefix="github-webhooks-")) if options.db is None else None

@@ -89,6 +89,7 @@ async def test_a_dead_letter_says_what_happened(any_db: str, order: Order) -> No
 
 async def test_a_long_traceback_is_cut(db: str) -> None:
     """Of a long traceback the last 16,000 characters are kept: the error stands at its end."""
+
     async def handle(_event: Sold) -> None:
         raise ValueError("begin " + "x" * 50_000 + " end")
 
@@ -167,9 +168,7 @@ def named(letters: list[DeadLetter]) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(("which", "expected"), FILTERS, ids=str)
-async def test_list_redrive_and_discard_take_the_same_filters(
-    db: str, which: Filters, expected: list[tuple[str, int]]
-) -> None:
+async def test_list_redrive_and_discard_take_the_same_filters(db: str, which: Filters, expected: list[tuple[str, int]]) -> None:
     """`list`, `redrive` and `discard` find the same dead letters by subscription, type, error and time."""
     bus, one, two = await three_kinds(db)
     async with bus:

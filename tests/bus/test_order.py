@@ -60,7 +60,8 @@ def run_of(delivery: Delivery) -> Run:
 
 def check_serial(runs: Iterable[Run], positions: Iterable[int]) -> None:
     """Every position has its turn, in order, with all of its attempts before the next one begins."""
-    order, attempts = [], defaultdict(list)
+    order: list[int] = []
+    attempts: dict[int, list[int]] = defaultdict(list)
     for run in runs:
         if not order or order[-1] != run.position:
             order.append(run.position)
@@ -305,7 +306,7 @@ async def test_a_stalled_lane_loses_nothing_while_others_are_busy(db: str) -> No
 
 
 async def test_an_event_that_takes_long_does_not_stop_the_checkpoint(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order "none" one slow event holds up neither the others nor, for ever, the checkpoint; it is delivered again after a stop."""
+    """In order "none" one slow event holds up neither the others nor the checkpoint; after a stop it is delivered again."""
     monkeypatch.setattr(eventbus._loose, "WINDOW", 10)
     slow_once = True
 
@@ -373,7 +374,7 @@ async def test_what_is_given_back_is_not_passed_by_the_checkpoint(db: str) -> No
 
 
 async def test_what_is_done_above_the_checkpoint_is_stored(db: str) -> None:
-    """`handled` returns when the ack is committed, also of an event behind one that takes long: after a restart it does not come again."""
+    """Once `handled` has returned, an event does not come again after a restart, also one behind another that takes long."""
     seen: list[int] = []
 
     def make() -> EventBus:
@@ -406,7 +407,7 @@ async def test_what_is_done_above_the_checkpoint_is_stored(db: str) -> None:
 @pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("order", ["type", "log", "key", "none"])
 async def test_order_holds_across_restarts(db: str, order: Order) -> None:
-    """However often the bus is stopped on the way: each event is settled once, in the order of its lane, with its attempts counted on."""
+    """However often the bus is stopped, each event is settled once, in the order of its lane, its attempts counted on."""
     flaky = Flaky(0.2, seed=7)
     events = some_events(120, 7)
     for round in range(6):

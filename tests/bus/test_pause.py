@@ -57,7 +57,7 @@ def pausing(db: str, handler: Any, order: Order = "type", **options: Any) -> tup
 
 @pytest.mark.parametrize("order", ORDERS)
 async def test_an_exhausted_delivery_pauses_the_subscription(any_db: str, order: Order) -> None:
-    """With `on_exhausted="pause"` nothing is given up: the subscription stops, says why, and goes on at attempt 1 when resumed."""
+    """With `on_exhausted="pause"` nothing is given up: the subscription stops, says why, and resumes at attempt 1."""
     broken = Broken()
     bus, pauses = pausing(any_db, broken, order)
     async with bus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -93,12 +94,17 @@ async def test_the_delays_are_those_of_the_policy(db: str, order: Order) -> None
     retry = RetryPolicy(attempts=5, first=60.0, factor=10.0, cap=3_600.0, jitter=0.0)
     clock = Hurrying(pace=20_000)
     times: list[float] = []
-    bus, _, failures = failing_bus(db, retry, lambda _: times.append(clock.time()) or 1 / 0, order=order, clock=clock)
+
+    def fail(_: object) -> None:
+        times.append(clock.time())
+        raise ZeroDivisionError
+
+    bus, _, failures = failing_bus(db, retry, fail, order=order, clock=clock)
     async with bus:
         await bus.publish(Job("a"))
         assert await bus.drain(timeout=5) == {}
     assert [failure.retry_in for failure in failures.recorder.seen] == [60.0, 600.0, 3_600.0, 3_600.0, None]
-    waited = [after - before for before, after in zip(times, times[1:], strict=False)]
+    waited = [after - before for before, after in itertools.pairwise(times)]
     assert all(seconds >= least for seconds, least in zip(waited, [60.0, 600.0, 3_600.0, 3_600.0], strict=True)), waited
 
 
@@ -106,9 +112,7 @@ async def test_the_delays_are_those_of_the_policy(db: str, order: Order) -> None
 async def test_retry_after_has_its_own_delay_and_counts(db: str, order: Order) -> None:
     """`RetryAfter` brings the delivery back after its own delay, and counts as an attempt."""
     retry = RetryPolicy(attempts=3, first=0.001)
-    bus, attempts, failures = failing_bus(
-        db, retry, raising(RetryAfter(7_200)), order=order, clock=Hurrying(pace=100_000)
-    )
+    bus, attempts, failures = failing_bus(db, retry, raising(RetryAfter(7_200)), order=order, clock=Hurrying(pace=100_000))
     async with bus:
         await bus.publish(Job("a"))
         assert await bus.drain(timeout=5) == {}
@@ -161,6 +165,7 @@ async def test_give_up_on_is_a_dead_letter_at_once(db: str, order: Order) -> Non
 
 async def test_attempts_none_never_gives_up(db: str) -> None:
     """`attempts=None` tries until it works."""
+
     def fail(delivery: Delivery) -> None:
         if delivery.attempt < 40:
             raise ValueError
@@ -175,6 +180,7 @@ async def test_attempts_none_never_gives_up(db: str) -> None:
 
 async def test_an_error_that_cannot_be_printed_is_a_failure_like_any_other(db: str) -> None:
     """Errors with lone surrogates, NULs, or a `__str__` that raises are stored as well as they can be."""
+
     class Odd(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no text")
@@ -198,7 +204,7 @@ def _raise(error: Exception) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 async def test_attempts_are_not_reset_by_a_restart(db: str, order: Order) -> None:
     """Attempts made before a stop are counted after it: never more than the policy allows, never fewer."""
-    seen = []
+    seen: list[tuple[int, int]] = []
     for _ in range(3):
         bus, attempts, failures = failing_bus(
             db, RetryPolicy(attempts=5, first=0.0, jitter=0.0, cap=0.0), raising(ValueError("no")), order=order
@@ -340,6 +346,7 @@ async def test_a_failing_lane_holds_up_no_other_lane(db: str) -> None:
 
 async def test_in_strict_order_the_lane_waits(db: str) -> None:
     """In order "type" and "log" nothing overtakes an event that waits for another attempt."""
+
     def fail(delivery: Delivery) -> None:
         if delivery.envelope.event.n == 1 and delivery.attempt < 3:  # type: ignore[attr-defined]
             raise ValueError

@@ -226,7 +226,9 @@ class Round:
             if sum(1 for row in events if row[2] == child) != len(parents):
                 self.fault(f"another number of {child} than of {parent}")
 
-    def check_settled(self, events: Sequence[tuple[int, str, str, str | None, str | None, str]], dead: set[tuple[str, str]]) -> None:
+    def check_settled(
+        self, events: Sequence[tuple[int, str, str, str | None, str | None, str]], dead: set[tuple[str, str]]
+    ) -> None:
         """Every event was handled by every subscription, or is its dead letter, and not both."""
         handled = {(line[2], line[1]) for line in self.lines if line[0] == "E"}
         for subscription, types in TYPES.items():
@@ -302,7 +304,7 @@ class Snapshot:
             if key is not None:
                 keys[name, key] = position
         dead = frozenset((s, e) for s, e in connection.execute("SELECT subscription, event_id FROM dead_letters"))
-        slots = {key: slot for key, slot in connection.execute("SELECT DISTINCT key, slot FROM events WHERE key IS NOT NULL")}
+        slots = dict(connection.execute("SELECT DISTINCT key, slot FROM events WHERE key IS NOT NULL"))
         return cls(dict(lanes), rows, keys, dead, slots)
 
     def attempts_of(self, begin: Begin, *, next_of_lane: bool) -> int | None:
@@ -363,7 +365,8 @@ def main() -> None:
             for fault in round_.faults[:10]:
                 print("  ", fault, flush=True)
             if round_.faults:
-                shutil.copytree(round_.folder, Path(tempfile.gettempdir()) / f"eventbus-crash-{options.seed}-{number}", dirs_exist_ok=True)
+                kept = Path(tempfile.gettempdir()) / f"eventbus-crash-{options.seed}-{number}"
+                shutil.copytree(round_.folder, kept, dirs_exist_ok=True)
     print(f"{done} kills, {len(faults)} faults")
     sys.exit(bool(faults))
 

@@ -153,7 +153,8 @@ async def settled(receipt: Receipt) -> None:
     try:
         await receipt.handled()
     except HandlingFailed as error:
-        assert not error.blocked, error.blocked
+        if error.blocked:
+            raise
     say("C", receipt.id)
 
 
