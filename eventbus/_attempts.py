@@ -86,6 +86,9 @@ class Running:
         try:
             awaitable = run(_begin, self._attempt)
             self._coroutine = awaitable if inspect.iscoroutine(awaitable) else _coroutine_of(awaitable)
+        except BaseException as error:  # noqa: BLE001  # an outcome, whatever it is
+            return failed(self._attempt, error)
+        try:
             self._yielded = run(self._coroutine.send, None)
         except StopIteration as stop:
             return self._end(stop.value)

@@ -33,7 +33,7 @@ from eventbus._options import (
     check_stop_timeout,
     store_of,
 )
-from eventbus._replay import Point, Progress, Replay, targets_of
+from eventbus._replay import Envelopes, Point, Progress, Replay, targets_of
 from eventbus._retry import RetryPolicy
 from eventbus._running import Running, Settings
 from eventbus._subscription import OnExhausted, Start, Subscription, split_types, subscription_of
@@ -46,7 +46,7 @@ from eventbus.errors import (
     NotSupported,
 )
 from eventbus.hooks import Hook
-from eventbus.stores.base import Cancel, Order, Pause, Record, Store, Stored, Unsubscribe
+from eventbus.stores.base import Cancel, Order, Record, Store, Stored
 
 Name = str | Callable[..., Any]
 """A subscription: its name, or the handler."""
@@ -410,7 +410,7 @@ class EventBus:
             await running.history.check_complete()
         await running.rewind(name, stretch.after)
 
-    async def history(
+    def history(
         self,
         *types: type | str,
         since: Point = None,
@@ -429,12 +429,9 @@ class EventBus:
             RangeNotRetained: the range begins before what is retained.
         """
         running = self._open()
-        stretch = await running.history.range(since, after, until)
         text_key = None if key is None else str(key)
-        async for envelope in running.history.envelopes(
-            stretch, self._declared.patterns(types), text_key, running.decoder.envelope
-        ):
-            yield envelope
+        patterns = self._declared.patterns(types)
+        return Envelopes(running.history, (since, after, until), patterns, text_key, running.decoder.envelope)
 
     # -------------------------------------------------------------- status
 
@@ -460,12 +457,7 @@ class EventBus:
         Raises:
             UnknownSubscription: there is none of this name.
         """
-        running, name = self._open(), self._declared.name_of(subscription)
-        reason = "paused by hand"
-        await running.journal.command(Pause(name, reason))
-        serving = running.dispatcher.servings.get(name)
-        if serving is not None:
-            serving.pause(reason)
+        await self._open().pause(self._declared.name_of(subscription), "paused by hand")
 
     async def resume(self, subscription: Name) -> None:
         """Deliver to a paused subscription again; what waited for a retry is due now, at attempt 1.
@@ -473,12 +465,7 @@ class EventBus:
         Raises:
             UnknownSubscription: there is none of this name.
         """
-        running, name = self._open(), self._declared.name_of(subscription)
-        await running.journal.written()  # a pause, or an attempt, on its way to the store must not come after the resume
-        await running.journal.command(Pause(name, None))
-        serving = running.dispatcher.servings.get(name)
-        if serving is not None:
-            serving.resume()
+        await self._open().resume(self._declared.name_of(subscription))
 
     async def unsubscribe(self, subscription: Name) -> None:
         """Remove a subscription with its checkpoints and waiting retries; its dead letters stay.
@@ -489,9 +476,5 @@ class EventBus:
             UnknownSubscription: there is none of this name.
         """
         running, name = self._open(), self._declared.name_of(subscription)
-        serving = running.dispatcher.servings.get(name)
-        if serving is not None:
-            serving.close()
-        await running.journal.command(Unsubscribe(name))
+        await running.unsubscribe(name)
         self._declared.remove(name)
-        await running.forget(name)

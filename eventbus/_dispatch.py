@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from eventbus._intake import Budget, Feed, Intake
@@ -62,6 +63,7 @@ class Serving:
         self.claiming: set[str] = set()  # lanes that the store is asked for
         self.feeds: dict[str, Feed] = {}  # by lane for order "type", one for all lanes otherwise
         self.rewinding = False
+        self.closed = False
         self.stuck = 0
         self.workers = 0
         self.delayed: list[Lane] = []
@@ -110,25 +112,32 @@ class Serving:
         if self.options.order != "type":
             self.feeds[ONE_LANE].retype(self.exact_types())
 
-    def rewind(self) -> None:
-        """Its lanes are about to be set back: give out nothing until that is done."""
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Its lanes are being set back, or removed, in the store: give out nothing until that is done."""
         self.rewinding = True
         for lane in self.lanes.values():
             lane.recall()
+        try:
+            yield
+        finally:
+            self.rewinding = False
+            for lane in self.lanes.values():
+                lane.wake()
 
-    def rewound(self, after: int, states: Iterable[LaneState]) -> None:
-        """Its lanes have been set back; what they were doing does not count any more."""
+    def rewound(self, after: int, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
+        """Its lanes have been set back, these rows are left; what they were doing does not count any more."""
         for name in self.since:
             self.since[name] = min(self.since[name], after)
         self._starts.clear()
-        self.rewinding = False
         for state in states:
             lane = self.lanes.get(state.lane)
             if lane is not None:
                 intake = lane.log.intake
                 intake.reset(state.checkpoint)
-                lane.restart(state, *self._sources(lane, intake, state, ()))
+                lane.restart(state, *self._sources(lane, intake, state, rows))
                 intake.feed.read()
+        self.redriver.kick()  # a redrive whose outcome was left out with the others is made again
 
     def lane_of(self, record: Record) -> Lane | None:
         """The lane that an event of it belongs to."""
@@ -208,10 +217,12 @@ class Serving:
 
     def close(self) -> None:
         """Give out nothing any more, for good."""
+        self.closed = True
         for feed in self.feeds.values():
             feed.closed = True
         for lane in self.lanes.values():
             lane.close()
+        self.redriver.changed()
 
     def count(self, *, handled: bool) -> None:
         """An attempt has ended."""
@@ -368,7 +379,6 @@ class Dispatcher:
         self.closing = True
         for serving in self.servings.values():
             serving.close()
-            serving.redriver.changed()
         self._tell_promotions()
         self.lanes_changed()
 
@@ -420,6 +430,13 @@ class Dispatcher:
             self.forget_routes()
         elif stored.name in self.others:
             self.others[stored.name] = (stored, self.others[stored.name][1])
+
+    def remove(self, serving: Serving) -> None:
+        """A subscription is there no more."""
+        serving.close()
+        self.servings.pop(serving.options.name, None)
+        self.forget_routes()
+        self.lanes_changed()
 
     def forget_routes(self) -> None:
         """Subscriptions or their types have changed."""

@@ -20,7 +20,7 @@ from eventbus._clock import to_datetime
 from eventbus._codec import Codec, Fault
 from eventbus._events import is_event_class
 from eventbus._model import Draft
-from eventbus.errors import InvalidEvent
+from eventbus.errors import EventBusError, InvalidEvent
 from eventbus.stores.base import Record, headers_of, slot_of
 
 if TYPE_CHECKING:
@@ -128,6 +128,10 @@ class Encoder:
             data = self._codec.encode(event)
         except Fault as fault:
             raise InvalidEvent(kind.name, fault.field, fault.reason) from fault.__cause__
+        except EventBusError:
+            raise
+        except Exception as error:
+            raise InvalidEvent(kind.name, "", f"the codec failed: {type(error).__name__}: {error}") from error
         if len(data) > self._max_bytes:
             raise InvalidEvent(
                 kind.name,

@@ -89,11 +89,6 @@ def declaration_of(cls: type) -> Declaration:
     return found
 
 
-def type_name(cls: type) -> str:
-    """The stored name of a class."""
-    return declaration_of(cls).name or cls.__name__
-
-
 def check_name(name: object) -> str:
     """The name, if it can be one of an event type.
 

@@ -7,7 +7,7 @@ Beside the way publish → journal → store → lanes → workers → outcome: 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import PurePath
 from types import NoneType, UnionType
@@ -180,7 +180,7 @@ class Forms:
         )
 
 
-def _not_found(form: Any) -> Hook:
+def _not_found(form: Any) -> Callable[[Any, Any], Any]:
     """Found out at registration; by itself an older cattrs would raise only when a value comes."""
     raise StructureHandlerNotFoundError(f"no hook for {label(form)}", form)
 

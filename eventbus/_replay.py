@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 import attrs
+from typing_extensions import Self
 
 from eventbus._lanes import Lane
 from eventbus._model import Envelope, ReplaySummary
@@ -116,17 +117,47 @@ class History:
             Events(after, PAGE, PAGE_BYTES, stretch.until, types, key, stretch.since_time, stretch.until_time)
         )
 
-    async def envelopes(
-        self, stretch: Range, patterns: Sequence[str], key: str | None, envelope: Callable[[Record], Envelope]
-    ) -> AsyncIterator[Envelope]:
-        """All of a stretch that matches."""
-        after, types = stretch.after, exact(patterns)
-        while after < stretch.until:
-            page = await self.page(stretch, after, types, key)
-            for record in page.records:
-                if not patterns or any(type_matches(p, record.type) for p in patterns):
-                    yield envelope(record)
-            after = page.up_to
+
+class Envelopes:
+    """All of a stretch that matches, page by page. No generator: one that is left early would have to be closed."""
+
+    def __init__(
+        self,
+        history: History,
+        points: tuple[Point, int | None, Point],
+        patterns: Sequence[str],
+        key: str | None,
+        envelope: Callable[[Record], Envelope],
+    ) -> None:
+        self._history = history
+        self._points = points
+        self._patterns = patterns
+        self._key = key
+        self._envelope = envelope
+        self._stretch: Range | None = None
+        self._after = 0
+        self._records: deque[Record] = deque()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Envelope:
+        """The next envelope; the stretch is settled with the first."""
+        if self._stretch is None:
+            self._stretch = await self._history.range(*self._points)
+            self._after = self._stretch.after
+        while not self._records:
+            if self._after >= self._stretch.until:
+                raise StopAsyncIteration
+            page = await self._history.page(self._stretch, self._after, exact(self._patterns), self._key)
+            self._records.extend(record for record in page.records if matches(self._patterns, record.type))
+            self._after = page.up_to
+        return self._envelope(self._records.popleft())
+
+
+def matches(patterns: Sequence[str], type: str) -> bool:
+    """Whether a type is meant by any of the patterns; without any, it is."""
+    return not patterns or any(type_matches(pattern, type) for pattern in patterns)
 
 
 def exact(patterns: Sequence[str]) -> tuple[str, ...] | None:
@@ -200,6 +231,8 @@ class Replay:
                 after = page.up_to
                 await self._wait_for_portions(AHEAD - 1)
             await self._wait_for_portions(0)
+            if self._summary.dead:
+                await self._environment.journal.written()
         finally:
             self._over = True
             pins.remove(self._stretch.after)
@@ -222,7 +255,7 @@ class Replay:
         self._portions.append(portion)
         portion.open += 1  # until all of the page is handed out
         for record in page.records:
-            if self._patterns and not any(type_matches(p, record.type) for p in self._patterns):
+            if not matches(self._patterns, record.type):
                 continue
             lanes = [lane for target in self._targets if target.wants(record.type) and (lane := target.lane_of(record))]
             if not lanes:
@@ -271,19 +304,20 @@ class Replay:
         self._moved = self._environment.loop.waiter()
 
     async def _advance(self) -> None:
-        """Count the pages at the start that are done."""
-        before = self._summary.position
+        """Count the pages at the start that are done, and tell of each."""
         while self._portions and not self._portions[0].open:
             self._summary = attrs.evolve(self._summary, position=self._portions.popleft().up_to)
-        if self._progress is not None and self._summary.position != before:
-            result = self._progress(self._summary)
+            result = None if self._progress is None else self._progress(self._summary)
             if isinstance(result, Awaitable) and inspect.isawaitable(result):
                 await result
 
     def _check_open(self) -> None:
         if self._dispatcher.closing:
             raise BusNotOpen(f"the bus was closed during a replay; replay(after={self._summary.position}) goes on")
+        removed = [target.options.name for target in self._targets if target.closed]
+        if removed:
+            raise UnknownSubscription(f"{', '.join(map(repr, removed))} was removed during a replay to it")
 
     def interrupt(self) -> None:
-        """The bus is closing."""
+        """The bus is closing, or a subscription has been removed."""
         self._moved.set()

@@ -11,6 +11,7 @@ import os
 import random
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -34,7 +35,18 @@ from eventbus._waiting import Waiting
 from eventbus._workers import Pool
 from eventbus.errors import EventBusError, WrongLoop
 from eventbus.hooks import Hook, notify
-from eventbus.stores.base import Beat, Instance, LogState, Register, Registration, Rewind, Subscribed
+from eventbus.stores.base import (
+    Beat,
+    Instance,
+    LogState,
+    Pause,
+    Register,
+    Registration,
+    Rewind,
+    Subscribed,
+    Unsubscribe,
+    WaitingRows,
+)
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -163,24 +175,25 @@ class Running:
             self._group.cancel_scope.cancel()
 
     async def stop(self, timeout: float) -> None:
-        """Let running attempts finish for `timeout` seconds, release the rest, write what is to be written, let go.
+        """Let running attempts finish for `timeout` seconds, release the rest, write what is to be written, let go."""
+        await self._to_the_end(partial(self._stop, timeout))
 
-        A task of its own does it, so that no cancellation of the caller cuts it short; a cancellation comes out at the end.
-        """
-        stopped = self.loop.waiter()
+    async def _to_the_end(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Have a task of our own do something, so that no cancellation of the caller cuts it short; that comes out at the end."""
+        ended = self.loop.waiter()
         errors: list[BaseException] = []
 
-        async def stop() -> None:
+        async def run() -> None:
             try:
                 with anyio.CancelScope(shield=True):
-                    await self._stop(timeout)
+                    await work()
             except BaseException as error:  # noqa: BLE001  # raised below, where it is waited for
                 errors.append(error)
             finally:
-                stopped.set()
+                ended.set()
 
-        self._group.start_soon(undisturbed(stop))
-        await stopped.wait_decided()
+        self._group.start_soon(undisturbed(run))
+        await ended.wait_decided()
         if errors:
             raise errors[0]
 
@@ -264,24 +277,53 @@ class Running:
         for stored in result:
             self.dispatcher.retype(stored)
 
+    async def pause(self, name: str, reason: str) -> None:
+        """Stop delivering to a subscription, in the store and here."""
+        await self._to_the_end(partial(self._pause, name, reason))
+
+    async def _pause(self, name: str, reason: str) -> None:
+        await self.journal.command(Pause(name, reason))
+        serving = self.dispatcher.servings.get(name)
+        if serving is not None:
+            serving.pause(reason)
+
+    async def resume(self, name: str) -> None:
+        """Deliver to a paused subscription again."""
+        await self._to_the_end(partial(self._resume, name))
+
+    async def _resume(self, name: str) -> None:
+        await self.journal.written()  # a pause, or an attempt, on its way to the store must not come after the resume
+        await self.journal.command(Pause(name, None))
+        serving = self.dispatcher.servings.get(name)
+        if serving is not None:
+            serving.resume()
+
     async def rewind(self, name: str, after: int) -> None:
         """Set a subscription's checkpoints back; its lanes begin again from there."""
+        await self._to_the_end(partial(self._rewind, name, after))
+
+    async def _rewind(self, name: str, after: int) -> None:
         serving = self.dispatcher.servings.get(name)
         if serving is None:
             await self.journal.command(Rewind(name, after))
             return
-        serving.rewind()
-        try:
-            serving.rewound(after, await self.journal.command(Rewind(name, after)))
-        finally:
-            serving.rewinding = False
-            self.dispatcher.wake_all()
+        with serving.changing():
+            states = await self.journal.command(Rewind(name, after))
+            serving.rewound(after, states, await self.reader.ask(WaitingRows(name)))
 
-    async def forget(self, name: str) -> None:
-        """A subscription has been removed."""
-        serving = self.dispatcher.servings.pop(name, None)
-        if serving is not None:
-            serving.close()
-            self.dispatcher.forget_routes()
+    async def unsubscribe(self, name: str) -> None:
+        """Remove a subscription, in the store and here."""
+        await self._to_the_end(partial(self._unsubscribe, name))
+
+    async def _unsubscribe(self, name: str) -> None:
+        serving = self.dispatcher.servings.get(name)
+        if serving is None:
+            await self.journal.command(Unsubscribe(name))
+        else:
+            with serving.changing():
+                await self.journal.command(Unsubscribe(name))
+                self.dispatcher.remove(serving)
+            for replay in self.replays:
+                replay.interrupt()
         self._wanted = [each for each in self._wanted if each.options.name != name]
         await note_others(self.dispatcher, self.reader, {each.options.name for each in self._wanted})

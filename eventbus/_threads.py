@@ -72,7 +72,8 @@ class Crossing:
         self._current: Attempt | None = None
         self._results: deque[tuple[Attempt, Outcome]] = deque()
         self._posted = False
-        self.started = clock.monotonic()
+        self.started: float | None = None
+        """When the attempt that runs began (monotonic); None while none runs."""
         self.finished: Waiter = loop.waiter()
         self.on_exit: Callable[[BaseException], object] = lambda _error: None
 
@@ -80,10 +81,11 @@ class Crossing:
 
     def run(self) -> None:
         """Run the attempts in order, until one fails or the quantum is over."""
-        end = self.started + QUANTUM
+        end = self._clock.monotonic() + QUANTUM
         while (attempt := self._next(end)) is not None:
             outcome = run_plain(attempt, self._context)
             self._results.append((attempt, outcome))
+            self.started = None
             if not self._posted:
                 self._posted = True
                 self._post(self._settle)
@@ -144,11 +146,23 @@ class Crossing:
         self._lane.running -= 1
         self.finished.set()
 
-    def abandon(self, *, release: bool) -> None:
-        """Wait no more for the attempt that runs: it has failed by its timeout, or is released since the bus stops."""
+    def expire(self, began_before: float) -> bool:
+        """If the attempt that runs began by then, wait no more for it: it has failed by its timeout."""
+        with self._lock:
+            if self.started is None or self.started > began_before:
+                return False
+            self._abandoned = True
+        self._leave(release=False)
+        return True
+
+    def abandon(self) -> None:
+        """Wait no more: the bus stops, and the attempt that runs is released."""
         with self._lock:
             self._abandoned = True
-            current = self._current
+        self._leave(release=True)
+
+    def _leave(self, *, release: bool) -> None:
+        current = self._current
         self._settle()
         self.give_back_rest()
         if current is not None and not current.over:

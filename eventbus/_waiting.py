@@ -127,7 +127,7 @@ class Waiting:
         for serving in list(self._dispatcher.servings.values()):
             for lane in list(serving.lanes.values()):
                 await self._clear(lane, head)
-            while serving.paused is None and not serving.redriver.idle:
+            while serving.paused is None and not serving.closed and not serving.redriver.idle:
                 self._dispatcher.check_open()
                 await serving.redriver.wait_for_change()
         found = 0

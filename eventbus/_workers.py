@@ -299,10 +299,8 @@ class _Task:
         if lane.concurrency > 1:
             lane.wake()
         self._crossing, self._thread = crossing, self._pool.threads.get()
-        timeout = lane.holder.options.timeout
-        if timeout is not None:
-            self._deadline = crossing.started + timeout
-            self._pool.watch(self._deadline)
+        if lane.holder.options.timeout is not None:
+            self._pool.watch(self._environment.clock.monotonic() + lane.holder.options.timeout)
         lane.crossings.append(crossing)
         self._thread.submit(crossing.run)
         try:
@@ -320,7 +318,7 @@ class _Task:
 
     def _leave_behind(self, lane: Lane, crossing: Crossing, thread: Worker) -> None:
         """The bus stops, and the thread cannot be made to: name it, and end it when it returns."""
-        crossing.abandon(release=True)
+        crossing.abandon()
         _log.warning(
             "the handler of %r did not end within the stop timeout; its thread %r goes on without the bus, "
             "and what it was handling will be delivered again",
@@ -333,23 +331,30 @@ class _Task:
 
     def look(self, now: float) -> None:
         """Has the attempt run for too long?"""
-        if self._crossing is not None and self._lane is not None and not self._timed_out:
-            timeout = self._lane.holder.options.timeout
-            self._deadline = math.inf if timeout is None else self._crossing.started + timeout
-        if now < self._deadline:
-            self._pool.watch(self._deadline)
-            return
         if self._timed_out or self._lane is None:
             return
-        self._timed_out = True
-        self._deadline = math.inf
         if self._crossing is not None:
-            self._lane.holder.stuck += 1
-            self._environment.notify(HandlerStuck(self._lane.holder.options.name))
-            self._crossing.abandon(release=False)
-            _log.warning("the handler of %s outlives its timeout; its lane waits until its thread returns", self.description)
-        elif self._scope is not None:
-            self._scope.cancel()
+            self._look_into_thread(self._lane, self._crossing, now)
+        elif now < self._deadline:
+            self._pool.watch(self._deadline)
+        else:
+            self._timed_out = True
+            self._deadline = math.inf
+            if self._scope is not None:
+                self._scope.cancel()
+
+    def _look_into_thread(self, lane: Lane, crossing: Crossing, now: float) -> None:
+        """The thread may have gone on to another attempt, or not have come to the first one yet."""
+        timeout, started = lane.holder.options.timeout, crossing.started
+        if timeout is None:
+            return
+        if not crossing.expire(now - timeout):
+            self._pool.watch((now if started is None else started) + timeout)
+            return
+        self._timed_out = True
+        lane.holder.stuck += 1
+        self._environment.notify(HandlerStuck(lane.holder.options.name))
+        _log.warning("the handler of %s outlives its timeout; its lane waits until its thread returns", self.description)
 
     def let_finish(self) -> None:
         """Finish what runs, and start nothing more."""

@@ -17,7 +17,7 @@ import anyio
 import attrs
 
 from eventbus import Delivery, EventBus, Reject, RetryPolicy
-from eventbus.cli.demo_reports import AllPublished, Attempt, Closed, Drained, Opened, Published, Replayed, tell
+from eventbus.cli.demo_reports import AllPublished, Attempt, Closed, Drained, Opened, Outcome, Published, Replayed, tell
 from eventbus.cli.demo_shop import (
     ORDER,
     ORDERS_AT_ONCE,
@@ -48,7 +48,7 @@ class Ledger:
     takings: Decimal = Decimal(0)
 
 
-def tell_attempt(delivery: Delivery, outcome: str) -> None:
+def tell_attempt(delivery: Delivery, outcome: Outcome) -> None:
     """Report an attempt that is about to end."""
     envelope = delivery.envelope
     tell(
@@ -57,7 +57,7 @@ def tell_attempt(delivery: Delivery, outcome: str) -> None:
             envelope.id,
             envelope.position,
             delivery.attempt,
-            outcome,  # type: ignore[arg-type]  # one of the three
+            outcome,
             delivery.replaying,
             time.monotonic(),
         )

@@ -16,6 +16,9 @@ import msgspec
 from eventbus.cli.demo_shop import TAKES, ShopEvent
 
 
+Outcome = Literal["handled", "failed", "rejected"]
+
+
 class Published(msgspec.Struct, frozen=True, tag_field="did", tag="published"):
     """`publish` has returned for event `number`. `began`, `at`: seconds of the monotonic clock, at the call and after it."""
 
@@ -34,7 +37,7 @@ class Attempt(msgspec.Struct, frozen=True, tag_field="did", tag="attempt"):
     id: str
     position: int
     attempt: int
-    outcome: Literal["handled", "failed", "rejected"]
+    outcome: Outcome
     replaying: bool
     at: float
 

@@ -14,6 +14,10 @@ from eventbus.cli.demo_check import Check, Evidence
 from eventbus.cli.demo_shop import ORDER, TAKES
 
 _HEADINGS = ("subscription", "order", "handled", "retried", "dead-lettered", "redelivered", "replayed", "p50 ms", "p99 ms")
+_NOT_TRIED = (
+    "Not tried: a power failure, since a kill ends the process and not the machine. Not judged: attempts",
+    "that the kill cut short, since they have left no report; their events came again, and are judged.",
+)
 _FAULTS_SHOWN = 5
 _WIDTH = 100
 
@@ -152,6 +156,7 @@ def verdict(checks: Sequence[Check]) -> list[str]:
         lines += [f"          - {fault}" for fault in check.faults[:_FAULTS_SHOWN]]
         if len(check.faults) > _FAULTS_SHOWN:
             lines.append(f"          - and {len(check.faults) - _FAULTS_SHOWN:,} more")
+    lines += ["", *_NOT_TRIED]
     failed = sum(1 for check in checks if check.faults)
     lines += ["", f"{failed} of {len(checks)} checks FAILED." if failed else f"All {len(checks)} checks hold."]
     return lines

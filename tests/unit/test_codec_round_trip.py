@@ -112,6 +112,12 @@ class Cash:
     amount: Price
 
 
+@attrs.frozen
+class Coins:
+    kind: Literal["cash"]
+    pieces: int
+
+
 @dataclass(frozen=True)
 class Voucher:
     code: str
@@ -298,6 +304,9 @@ TYPES: dict[Any, st.SearchStrategy[Any]] = {
     Private: st.builds(Private, ints, texts, texts, kw=ints),
     Point | None: st.none() | st.builds(Point, ints, ints),
     Card | Cash: st.builds(Card, st.just("card"), texts) | st.builds(Cash, st.just("cash"), decimals),
+    Card | Cash | Coins: st.builds(Card, st.just("card"), texts)
+    | st.builds(Cash, st.just("cash"), decimals)
+    | st.builds(Coins, st.just("cash"), ints),
     Card | Voucher | Point | None: st.builds(Card, st.just("card"), texts)
     | st.builds(Voucher, texts, ints)
     | st.builds(Point, ints)
