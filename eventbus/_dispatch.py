@@ -26,6 +26,7 @@ from eventbus.stores.base import (
     SLOTS,
     Committed,
     LaneState,
+    Order,
     Record,
     Subscribed,
     WaitingRow,
@@ -158,13 +159,7 @@ class Serving:
 
     def lanes_wanted(self, known: Iterable[str]) -> list[tuple[str, int]]:
         """Names and starts of its lanes, given the types that are in the log."""
-        order, types = self.options.order, [t for t in self.types if not t.endswith("*")]
-        if order == "type":
-            types += [t for t in known if t not in types and self.wants(t)]
-            return [(t, since_of(self.since, t) or 0) for t in types]
-        start = min((self.since[t] for t in self.types), default=0)
-        count = self.options.concurrency if order == "key" else 1
-        return [(str(n) if order == "key" else ONE_LANE, start) for n in range(count)]
+        return lanes_wanted(self.options.order, self.options.concurrency, self.types, self.since, known)
 
     def add_lane(self, state: LaneState, rows: Sequence[WaitingRow], budget: Budget) -> Lane:
         """Make a lane from its stored state."""
@@ -235,6 +230,10 @@ class Serving:
         """The store knows what became of a redriven dead letter."""
         self.redriver.ended(letter)
 
+    def hindered(self) -> None:
+        """A lane gives nothing out for now."""
+        self.redriver.changed()
+
     def arguments(self, attempt: Attempt) -> tuple[object, ...]:
         """What the handler is called with."""
         decoder, record = self._dispatcher.decoder, attempt.record
@@ -283,6 +282,18 @@ class Serving:
         return [*attempt.outbox, *(encoder.draft(item) for item in returned)]
 
 
+def lanes_wanted(
+    order: Order, concurrency: int, types: Sequence[str], since: Mapping[str, int], known: Iterable[str]
+) -> list[tuple[str, int]]:
+    """Names and starts of a subscription's lanes, given the types that are in the log."""
+    if order == "type":
+        exact = [t for t in types if not t.endswith("*")]
+        exact += [t for t in known if t not in exact and any(type_matches(pattern, t) for pattern in types)]
+        return [(t, since_of(since, t) or 0) for t in exact]
+    start = min((since[t] for t in types), default=0)
+    return [(str(n) if order == "key" else ONE_LANE, start) for n in range(concurrency if order == "key" else 1)]
+
+
 class Dispatcher:
     """All subscriptions that are dispatched, and the way of an event to them."""
 
@@ -316,6 +327,8 @@ class Dispatcher:
 
     def announce(self, committed: Committed) -> None:
         """Offer what has become durable to the lanes that it is for."""
+        for cascade in self.environment.cascades:
+            cascade.follow(committed.events)
         if committed.previous_head != self.head:
             # Somebody else has written: read what lies between.
             self.head = committed.head

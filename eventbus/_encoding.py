@@ -107,7 +107,7 @@ class Encoder:
         if key is None and kind.key_field is not None:
             key = getattr(event, kind.key_field)
         text_key = None if key is None else _key(key, kind)
-        event_id = self._ids.next()
+        event_id, parent = self._ids.next(), current_record.get()
         return Record(
             event_id,
             kind.name,
@@ -121,6 +121,7 @@ class Encoder:
             None if idempotency_key is None else _idempotency_key(idempotency_key, kind),
             None if due is None else _due(due, self._clock.time(), kind),
             event=event if kind.shared else None,
+            cause=0 if parent is None else parent.position,
         )
 
     def _encode(self, event: object, kind: EventType) -> bytes:

@@ -123,6 +123,9 @@ class Holder(Protocol):
     def redriven(self, letter: int) -> None:
         """The store knows what became of a redriven dead letter."""
 
+    def hindered(self) -> None:
+        """A lane gives nothing out for now."""
+
     def arguments(self, attempt: Attempt) -> tuple[object, ...]:
         """What the handler is called with. From any thread.
 
@@ -164,13 +167,12 @@ class Cascade:
         self._extra: set[int] = set()
         self.found: list[Record] = []
 
-    def follow(self, parent: int, records: Sequence[Record]) -> None:
-        """An attempt of the event at `parent` has published these."""
-        if parent <= self._until or parent in self._extra:
-            for record in records:
-                if record.position:
-                    self._extra.add(record.position)
-                    self.found.append(record)
+    def follow(self, records: Sequence[Record]) -> None:
+        """These have come into the log."""
+        for record in records:
+            if record.cause and (record.cause <= self._until or record.cause in self._extra):
+                self._extra.add(record.position)
+                self.found.append(record)
 
 
 class Lane:
@@ -270,6 +272,7 @@ class Lane:
             self.blocked = outcome.reason
             _log.error("%s: the lane %r waits: %s", self.holder.options.name, self.name, outcome.reason)
             self.environment.notify(LaneBlocked(self.holder.options.name, self.name, outcome.reason))
+            self.holder.hindered()
             self.tell_waiters()
 
     def give_back(self, attempt: Attempt) -> None:
@@ -348,9 +351,6 @@ class Lane:
                 _log.info("%s: the delivery at %d had been settled before", unit.subscription, unit.position)
             self._stored = max(self._stored, unit.checkpoint)
             self.log.confirmed(unit)
-            if refusal is None and unit.published:
-                for cascade in self.environment.cascades:
-                    cascade.follow(unit.position, unit.published)
         if unit.dead_letter is not None and unit.retry is None:
             self.holder.redriven(unit.dead_letter)
         self.wake()
@@ -380,14 +380,18 @@ class Lane:
         return self.log.has_settled(record)
 
     def hindrance(self) -> str | None:
-        """Why this lane gives nothing out for now, if so. What runs when it is paused still comes to its end."""
-        if self.holder.paused is not None and (self.running or not self.up_to_date()):
-            return None
+        """Why nothing more comes of this lane for now, if so. What ran when it was paused or blocked still comes to its end."""
         if self.holder.paused is not None:
-            return f"paused: {self.holder.paused}"
-        if self.closed:
+            reason: str | None = f"paused: {self.holder.paused}"
+        elif self.closed:
             return "not dispatched"
-        return self.blocked
+        else:
+            reason = self.blocked
+        return None if self.running or not self.up_to_date() else reason
+
+    def gives_nothing(self) -> bool:
+        """Whether it gives nothing out until it is resumed, or another program has it."""
+        return self.holder.paused is not None or self.closed or self.blocked is not None
 
     async def wait_clear(self, position: int) -> str | None:
         """Wait until everything up to a position is settled; returns None then, or at once why that will not come."""

@@ -10,10 +10,9 @@ import inspect
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import attrs
-from typing_extensions import Self
 
 from eventbus._lanes import Lane
 from eventbus._model import Envelope, ReplaySummary
@@ -153,6 +152,9 @@ class Envelopes:
             self._records.extend(record for record in page.records if matches(self._patterns, record.type))
             self._after = page.up_to
         return self._envelope(self._records.popleft())
+
+    async def aclose(self) -> None:
+        """Nothing to do; so that `contextlib.aclosing` takes it like a generator."""
 
 
 def matches(patterns: Sequence[str], type: str) -> bool:

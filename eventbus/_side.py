@@ -157,6 +157,7 @@ class Redriver:
         self._known: set[int] = set()
         self._after = 0
         self._reading = False
+        self._ended: set[int] = set()  # … since the reading began: its answer may still have them
         self._again = False
         self._waiters: list[Waiter] = []
 
@@ -169,6 +170,12 @@ class Redriver:
     def idle(self) -> bool:
         """Whether all of them have been settled."""
         return not self._reading and not self._known
+
+    @property
+    def hindered(self) -> bool:
+        """Whether all that is left waits in lanes that give nothing out."""
+        busy = [lane for lane, source in self._sources.items() if source in lane.sources]
+        return not self._reading and bool(busy) and all(lane.gives_nothing() for lane in busy)
 
     async def wait_for_change(self) -> None:
         """Wait until it may have become idle, or something else has changed."""
@@ -192,6 +199,7 @@ class Redriver:
 
     def _read(self) -> None:
         self._reading = True
+        self._ended.clear()
         which = DeadLetterFilter(subscription=self._subscription, redriving=True)
         self._environment.reader.ask_then(DeadLetters(which, self._after, _PAGE), self._on_rows)
 
@@ -203,7 +211,7 @@ class Redriver:
             return
         for row in rows:
             self._after = row.id
-            if row.id not in self._known:
+            if row.id not in self._known and row.id not in self._ended:
                 self._deliver(row)
         more = len(rows) == _PAGE
         if self._again:
@@ -231,6 +239,8 @@ class Redriver:
     def ended(self, letter: int) -> None:
         """The store knows what became of one; before that, it would be read and delivered again."""
         self._known.discard(letter)
+        if self._reading:
+            self._ended.add(letter)
         if self._after and not self._reading and len(self._known) < KNOWN // 2:
             self._read()
         elif self.idle:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from eventbus._clock import to_datetime
-from eventbus._dispatch import ONE_LANE
+from eventbus._dispatch import lanes_wanted
 from eventbus._model import DeliveryStatus, Stats, SubscriptionInfo, SubscriptionState, SubscriptionStats
 from eventbus.errors import UnknownEvent
 from eventbus.stores.base import (
@@ -16,6 +16,7 @@ from eventbus.stores.base import (
     DeadLetters,
     Find,
     Lag,
+    LagOfRows,
     Lanes,
     LaneState,
     LogState,
@@ -25,7 +26,7 @@ from eventbus.stores.base import (
     Subscriptions,
     WaitingRow,
     WaitingRows,
-    lane_of_slot,
+    lane_name,
     since_of,
     slots_of,
     type_matches,
@@ -70,7 +71,7 @@ class Status:
     async def _with(self, stored: Subscribed, record: Record) -> DeliveryStatus:
         if not record.position:
             return DeliveryStatus.PENDING
-        name = _lane_name(stored, record)
+        name = lane_name(stored.order, stored.concurrency, record.type, record.slot)
         lane = next((s for s in await self._reader.ask(Lanes(stored.name)) if s.lane == name), None)
         if lane is None:
             return DeliveryStatus.PENDING
@@ -133,7 +134,7 @@ class Status:
         self, stored: Subscribed, lanes: Sequence[LaneState], rows: Sequence[WaitingRow], dead: Mapping[str, int]
     ) -> SubscriptionStats:
         state, reason = self._state(stored)
-        lag, oldest = await self._lag(stored, lanes, len(rows))
+        lag, oldest = await self._lag(stored, lanes, bool(rows))
         serving = self._dispatcher.servings.get(stored.name)
         now = self._dispatcher.environment.clock.time()
         return SubscriptionStats(
@@ -149,16 +150,26 @@ class Status:
             0 if serving is None else serving.failed,
         )
 
-    async def _lag(self, stored: Subscribed, lanes: Sequence[LaneState], rows: int) -> tuple[int, float | None]:
-        count, oldest = rows, None
-        for lane in lanes:
+    async def _lag(self, stored: Subscribed, lanes: Sequence[LaneState], has_rows: bool) -> tuple[int, float | None]:
+        """What lies above the checkpoints, and what they have passed unsettled."""
+        count, times = 0, list[float | None]()
+        if has_rows:
+            held, first = await self._reader.ask(LagOfRows(stored.name, self._types_of(stored), _MOST))
+            count, times = held, [first]
+        for lane in (*lanes, *self._unclaimed(stored, {lane.lane for lane in lanes})):
             slots = slots_of(lane.lane, stored.concurrency) if stored.order == "key" else (0, SLOTS)
             types = (lane.lane,) if stored.order == "type" else self._types_of(stored)
             behind, first = await self._reader.ask(Lag(lane.checkpoint, types, slots, _MOST))
-            count += max(0, behind - len(lane.done))
-            if first is not None and behind > len(lane.done):
-                oldest = first if oldest is None else min(oldest, first)
-        return min(count, _MOST), oldest
+            if behind > len(lane.done):
+                count += behind - len(lane.done)
+                times.append(first)
+        return min(count, _MOST), min((time for time in times if time is not None), default=None)
+
+    def _unclaimed(self, stored: Subscribed, claimed: Collection[str]) -> list[LaneState]:
+        """Lanes that nobody has run yet: they stand where they will begin."""
+        known = self._dispatcher.known_types
+        wanted = lanes_wanted(stored.order, stored.concurrency, tuple(stored.since), stored.since, known)
+        return [LaneState(stored.name, lane, 0, start) for lane, start in wanted if lane not in claimed]
 
     def _state(self, stored: Subscribed) -> tuple[SubscriptionState, str | None]:
         serving = self._dispatcher.servings.get(stored.name)
@@ -169,12 +180,6 @@ class Status:
             return ("not dispatched here", None) if dispatched == "not dispatched here" else ("no handler", None)
         blocked = next((lane.blocked for lane in serving.lanes.values() if lane.blocked is not None), None)
         return ("running", None) if blocked is None else ("blocked", blocked)
-
-
-def _lane_name(stored: Subscribed, record: Record) -> str:
-    if stored.order == "type":
-        return record.type
-    return str(lane_of_slot(record.slot, stored.concurrency)) if stored.order == "key" else ONE_LANE
 
 
 def _holds(row: WaitingRow, lane: LaneState, record: Record) -> bool:

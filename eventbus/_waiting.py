@@ -16,7 +16,7 @@ from eventbus._attempts import current_attempt
 from eventbus._lanes import Cascade, Lane
 from eventbus._model import DeliveryStatus, Receipt
 from eventbus.errors import HandlingFailed, UnknownEvent, WaitTimeout
-from eventbus.stores.base import DeadLetterFilter, DeadLetters, Find, Lag, Record, since_of
+from eventbus.stores.base import DeadLetterFilter, DeadLetters, Find, Lag, LagOfRows, Record, since_of
 
 if TYPE_CHECKING:
     from eventbus._dispatch import Dispatcher, Serving
@@ -127,7 +127,7 @@ class Waiting:
         for serving in list(self._dispatcher.servings.values()):
             for lane in list(serving.lanes.values()):
                 await self._clear(lane, head)
-            while serving.paused is None and not serving.closed and not serving.redriver.idle:
+            while serving.paused is None and not serving.closed and not serving.redriver.idle and not serving.redriver.hindered:
                 self._dispatcher.check_open()
                 await serving.redriver.wait_for_change()
         found = 0
@@ -155,12 +155,10 @@ class Waiting:
         return left
 
     async def _count(self, serving: Serving, head: int) -> int:
-        count = 0
+        count, _ = await self._reader.ask(LagOfRows(serving.options.name, serving.exact_types()))
         for lane in serving.lanes.values():
             if not lane.clear_to(head):
                 types, slots = serving.reads(lane)
                 lag, _ = await self._reader.ask(Lag(lane.stored, types, slots, until=head))
-                count += max(0, lag - len(lane.log.done())) + (
-                    lane.log.waiting if serving.options.order in ("key", "none") else 0
-                )
+                count += max(0, lag - len(lane.log.done()))
         return count

@@ -15,7 +15,6 @@ import msgspec
 
 from eventbus.cli.demo_shop import TAKES, ShopEvent
 
-
 Outcome = Literal["handled", "failed", "rejected"]
 
 

@@ -47,6 +47,7 @@ from eventbus.stores.base import (
     EventsAt,
     Find,
     Lag,
+    LagOfRows,
     Lanes,
     LaneState,
     LogState,
@@ -242,6 +243,21 @@ def _lag(connection: Connection, query: Lag) -> tuple[int, float | None]:
     return count, time
 
 
+def _lag_of_rows(connection: Connection, query: LagOfRows) -> tuple[int, float | None]:
+    types = "" if query.types is None else "AND e.type IN (SELECT value FROM json_each(:types))"
+    text = (
+        "SELECT count(*), min(time) FROM (SELECT time FROM ("
+        "SELECT e.time AS time FROM deliveries d CROSS JOIN events e ON e.position = d.position "
+        "WHERE d.subscription = :name AND d.key IS NULL "
+        "UNION ALL SELECT e.time FROM deliveries d CROSS JOIN lanes l ON l.subscription = d.subscription AND l.lane = d.lane "
+        "CROSS JOIN events e INDEXED BY events_key ON e.key = d.key AND e.position BETWEEN d.position AND l.checkpoint "
+        f"WHERE d.subscription = :name AND d.key IS NOT NULL {types}) LIMIT :limit)"
+    )
+    parameters = {"name": query.subscription, "limit": query.limit} | _type_parameters(query.types, 0)
+    count, time = connection.execute(text, parameters).fetchone()
+    return count, time
+
+
 @functools.lru_cache(maxsize=256)
 def _lag_text(ranges: int, by_slot: bool, filtered: bool) -> str:
     between = "position > :after AND position <= :until"
@@ -348,6 +364,7 @@ _ANSWERS: Mapping[type, Callable[[Connection, Any], object]] = {
     LogState: lambda connection, _: _log_state(connection),
     NextDue: lambda connection, _: next_due(connection),
     Lag: _lag,
+    LagOfRows: _lag_of_rows,
     Subscriptions: lambda connection, _: subscriptions(connection),
     Lanes: lambda connection, query: lanes(connection, query.subscription),
     WaitingRows: lambda connection, query: waiting_rows(connection, query.subscription),

@@ -170,3 +170,14 @@ class Lag(Query[tuple[int, float | None]]):
     slots: tuple[int, int] = (0, SLOTS)
     limit: int = 10_000
     until: int | None = None
+
+
+@attrs.frozen
+class LagOfRows(Query[tuple[int, float | None]]):
+    """How many events the waiting deliveries of a subscription stand for, counted up to `limit`, and the time (unix seconds)
+    of the oldest of them. A row without a key is one event; one with a key stands for the events of that key, of these types
+    (None: all), from its position up to its lane's checkpoint."""
+
+    subscription: str
+    types: tuple[str, ...] | None
+    limit: int = 10_000

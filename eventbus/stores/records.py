@@ -40,6 +40,7 @@ class Record:
         idempotency_key: unique over stored and scheduled events for as long as it is kept.
         due_at: unix seconds; with it the event is scheduled, and enters the log when it is due.
         event: the user's object, where handlers may share it; never stored.
+        cause: position of the event whose handler published it, 0 where that is not known; never stored.
         fault: what was found wrong with it on reading (its checksum), or None.
     """
 
@@ -56,6 +57,7 @@ class Record:
     due_at: float | None = None
     position: int = 0
     event: object = None
+    cause: int = 0
     fault: str | None = None
 
 

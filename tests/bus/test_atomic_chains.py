@@ -216,7 +216,9 @@ async def test_bus_publish_is_independent() -> None:
         assert await events(bus, Two) == [Two(1)]
 
 
-@pytest.mark.parametrize("result", [5, "text", {"a": 1}, [Three(1), 5], [None], iter([Three(1)]), Two], ids=lambda result: type(result).__name__)
+@pytest.mark.parametrize(
+    "result", [5, "text", {"a": 1}, [Three(1), 5], [None], iter([Three(1)]), Two], ids=lambda result: type(result).__name__
+)
 async def test_wrong_results(result: object) -> None:
     """A handler that returns what is no event has failed: an error that names the subscription, and nothing published."""
     bus = EventBus(":memory:")

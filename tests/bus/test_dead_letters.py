@@ -46,7 +46,7 @@ class Switch:
     async def __call__(self, event: Any, delivery: Delivery) -> None:
         self.recorder.add((event.n, delivery.attempt))
         if self.error is not None:
-            raise self.error
+            raise type(self.error)(*self.error.args)  # one raised again and again would collect frames
 
 
 def bus_with(db: str, handler: Callable[..., Awaitable[None]], *types: type, name: str = "s", **options: Any) -> EventBus:

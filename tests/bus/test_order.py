@@ -510,7 +510,7 @@ class Checked:
 
 
 @given(PROGRAMS)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 async def test_random_programs_keep_order_and_settle_once(program: Program) -> None:
     """Whatever is published, fails, stops and falls behind: every subscription settles each event once, in its order."""
     checked, count = Checked(program), 0

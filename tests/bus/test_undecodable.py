@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
+import anyio
 import attrs
 import pytest
 
@@ -100,7 +101,7 @@ DAMAGE = {
     "broken headers": ("headers", '{"trace": '),
     "version": ("version", 1_000),
     "content type": ("content_type", "application/x-else"),
-    "time": ("time", "2001-01-01T00:00:00.000000Z"),
+    "time": ("time", 1.0),
 }
 
 
@@ -110,10 +111,7 @@ async def test_a_damaged_event_is_a_dead_letter_at_once(db: str, order: Order, d
     """What was changed on the disk does not reach a handler: it is a dead letter without a second attempt, and the rest flows."""
     column, value = DAMAGE[damage]
     positions = await store(db, *(Note("a", n) for n in range(4)))
-    try:
-        change(db, f"UPDATE events SET {column} = ? WHERE position = ?", value, positions[1])
-    except sqlite3.DatabaseError:
-        pytest.skip("the table itself refuses that")
+    change(db, f"UPDATE events SET {column} = ? WHERE position = ?", value, positions[1])
     bus, numbers = EventBus(db), Numbers()
     bus.subscribe(Note, name="s", order=order, start="beginning", retry=QUICK)(numbers)
     async with bus:
@@ -375,7 +373,8 @@ async def test_a_redrive_of_an_event_that_cannot_be_decoded_yet_loses_nothing(db
     async with older:
         assert await older.dead_letters.redrive(all=True) == 1
         await blocks.recorder.wait_for(1)
-        assert set(await older.drain(timeout=2)) == {"s"}
+        with anyio.fail_after(2):
+            assert set(await older.drain()) == {"s"}
         assert len(await older.dead_letters.list()) == 1
     newest, fresh = EventBus(db), Numbers()
     newest.subscribe(NewerNote, name="s")(fresh)
