@@ -44,7 +44,14 @@ class Waiting:
 
     async def _handled(self, record: Record | None, receipt: Receipt) -> None:
         if record is None or not record.position:
-            record = await self._in_log(receipt.id)
+            record = await self._in_log(receipt)
+        blocked = {} if record is None else await self._blocked_by(record)
+        rows = await self._reader.ask(DeadLetters(DeadLetterFilter(event_id=receipt.id)))
+        if rows or blocked:
+            raise HandlingFailed([self._dispatcher.decoder.dead_letter(row) for row in rows], blocked)
+
+    async def _blocked_by(self, record: Record) -> dict[str, str]:
+        """Wait until an event is settled; or at once, the subscriptions that do not settle it for now, and why."""
         blocked = await self._blocked_elsewhere(record)
         await self._dispatcher.all_lanes()
         lanes = self._dispatcher.lanes_of(record)
@@ -60,17 +67,18 @@ class Waiting:
                     break
         if blocked:
             self._dispatcher.check_open()
-        rows = await self._reader.ask(DeadLetters(DeadLetterFilter(event_id=record.id)))
-        if rows or blocked:
-            raise HandlingFailed([self._dispatcher.decoder.dead_letter(row) for row in rows], blocked)
+        return blocked
 
-    async def _in_log(self, event_id: str) -> Record:
-        """The stored record; of a scheduled event, once it is due."""
+    async def _in_log(self, receipt: Receipt) -> Record | None:
+        """The stored record; of a scheduled event, once it is due. None: retention has removed it, so everybody had settled it."""
+        event_id = receipt.id
         while True:
             waiter = self._dispatcher.environment.loop.waiter()
             self._dispatcher.promotions.setdefault(event_id, []).append(waiter)
             try:
                 record = await self._reader.ask(Find(event_id))
+                if record is None and receipt.position is not None:
+                    return None
                 if record is None:
                     raise UnknownEvent(f"the event {event_id} is not there any more: cancelled, or removed by retention")
                 if record.position:
@@ -94,7 +102,10 @@ class Waiting:
         if not others:
             return {}
         done = (DeliveryStatus.HANDLED, DeliveryStatus.DEAD)
-        statuses = await self._status.of(record.id)
+        try:
+            statuses = await self._status.of(record.id)
+        except UnknownEvent:
+            return {}  # retention has removed it: everybody had settled it
         return {name: reason for name, reason in others.items() if statuses.get(name) not in done}
 
     def _deadlock(self, lane: Lane, record: Record) -> str | None:

@@ -15,6 +15,7 @@ from eventbus.stores.base import (
     EventsAt,
     Find,
     Lag,
+    LagOfRows,
     LogState,
     NextDue,
     Page,
@@ -25,6 +26,7 @@ from eventbus.stores.base import (
     Store,
     Stored,
     Types,
+    Waiting,
 )
 from eventbus.testing._conformance_base import NOW, ConformanceBase, record, records, stored_part
 
@@ -257,6 +259,19 @@ class Pages(ConformanceBase):
         assert store.read(Lag(0, (*(f"x{i}" for i in range(60)), "b"))) == (5, NOW + 1)
         assert store.read(Lag(10, None)) == (0, None)
         assert store.read(Lag(0, ())) == (0, None)
+
+    def test_lag_of_rows(self, store: Store) -> None:
+        """What waiting deliveries stand for: one event without a key, with one those of the key up to the lane's checkpoint."""
+        self.register(store, types=("a", "b"), order="key", concurrency=1)
+        self.append(store, [record("ab"[i % 2], key="xy"[i // 5], time=NOW + i) for i in range(10)])
+        state = self.claim(store, lane="0")
+        assert store.read(LagOfRows("mailer", None)) == (0, None)
+        rows = (Waiting(2, "x", 1, NOW), Waiting(7, None, 1, NOW))
+        assert not self.settle(store, self.unit(state, 2, checkpoint=9, rows=rows)).refused
+        assert store.read(LagOfRows("mailer", None)) == (5, NOW + 1)
+        assert store.read(LagOfRows("mailer", ("a",))) == (3, NOW + 2)
+        assert store.read(LagOfRows("mailer", None, limit=2))[0] == 2
+        assert store.read(LagOfRows("other", None)) == (0, None)
 
 
 class Idempotency(ConformanceBase):

@@ -411,7 +411,7 @@ events = st.one_of(
 )
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(events)
 def test_an_event_comes_back_equal(event: object) -> None:
     """Whatever a handler gets from the store is what was published."""
@@ -420,7 +420,7 @@ def test_an_event_comes_back_equal(event: object) -> None:
     assert back == event
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.binary(max_size=40) | st.builds(lambda value: msgspec.json.encode(value), json),
     st.sampled_from([AttrsEvent, Tree, Model, Mini]),
@@ -437,7 +437,7 @@ def test_bytes_of_others_never_give_a_wrong_event(data: bytes, cls: type) -> Non
 hostile = st.floats() | st.decimals() | st.text(string.printable + "\ud800") | st.integers() | st.datetimes() | st.binary()
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.recursive(
         hostile | json | moments,
