@@ -27,10 +27,14 @@ from eventbus._options import (
     check_durability,
     check_hooks,
     check_instance_name,
+    check_iterable,
     check_methods,
     check_numbers,
     check_spans,
     check_stop_timeout,
+    event_id_of,
+    key_of,
+    prune_every,
     store_of,
 )
 from eventbus._replay import Envelopes, Point, Progress, Replay, targets_of
@@ -65,7 +69,8 @@ class EventBus:
         workers: handlers that run at once, at most; one subscription has at most half of them.
         durability: "full": what `publish` has returned survives power loss; "fast": it survives a crash of the process, and
             after power loss the newest may be missing, never some in the middle.
-        retention: how long events are kept that every subscription has settled; None keeps them.
+        retention: how long events are kept that every subscription has settled; None keeps them. It is applied at the start
+            and from then on at intervals of half of it, at least 0.5 s and at most a minute.
         max_pending: events that may wait to be written; beyond, `publish` waits.
         max_event_bytes: the largest event, encoded.
         dedup_for: how long idempotency keys are kept, whatever the retention.
@@ -109,7 +114,10 @@ class EventBus:
         self._durability: Durability = durability
         self._registry = Registry(codec.prepare)
         keeping = Keeping(
-            None if retention is None else retention.total_seconds(), dedup_for.total_seconds(), _PRUNE_EVERY, lease / 3
+            None if retention is None else retention.total_seconds(),
+            dedup_for.total_seconds(),
+            prune_every(retention, _PRUNE_EVERY),
+            lease / 3,
         )
         self._settings = Settings(
             name, workers, max_pending, max_event_bytes, keeping, tuple(hooks), clock, codec, self._registry
@@ -306,6 +314,7 @@ class EventBus:
         If one of them cannot be stored (`InvalidEvent`, `IdempotencyConflict`), none is.
         """
         running = self._open()
+        check_iterable(events)
         records = [running.encoder.draft(each) for each in events]
         if not records:
             return []
@@ -321,8 +330,9 @@ class EventBus:
     async def cancel(self, event_id: str) -> bool:
         """Cancel an event that was published with `due`; False if it is in the log already, or was never scheduled."""
         running = self._open()
-        cancelled = await running.journal.command(Cancel(str(event_id)))
-        running.dispatcher.tell_promoted((str(event_id),))
+        event_id = event_id_of(event_id)
+        cancelled = await running.journal.command(Cancel(event_id))
+        running.dispatcher.tell_promoted((event_id,))
         return cancelled
 
     # -------------------------------------------------------------- waiting
@@ -429,7 +439,7 @@ class EventBus:
             RangeNotRetained: the range begins before what is retained.
         """
         running = self._open()
-        text_key = None if key is None else str(key)
+        text_key = None if key is None else key_of(key)
         patterns = self._declared.patterns(types)
         return Envelopes(running.history, (since, after, until), patterns, text_key, running.decoder.envelope)
 
@@ -445,7 +455,7 @@ class EventBus:
         Raises:
             UnknownEvent: there is no such event, stored or scheduled.
         """
-        return await self._open().status.of(str(event_id))
+        return await self._open().status.of(event_id_of(event_id))
 
     async def subscriptions(self) -> list[SubscriptionInfo]:
         """All stored subscriptions, those without a handler as well."""

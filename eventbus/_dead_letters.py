@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eventbus._model import DeadLetter
 from eventbus.errors import ConfigurationError, UnknownEvent
-from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, Discard, Redrive
+from eventbus.stores.base import LARGEST, DeadLetterFilter, DeadLetterRow, Discard, Redrive, storable
 from eventbus.stores.base import DeadLetters as Query
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class DeadLetters:
         limit: int | None = None,
     ) -> list[DeadLetter]:
         """Dead letters, oldest first; at most `limit`, None for all of them."""
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= LARGEST):
+            raise ConfigurationError(f"limit={limit!r}; expected an int from 1, or None for all of them")
         which = self._filter((), subscription, type, error, since, until)
         running = self._running()
         rows = await running.reader.ask(Query(which, limit=limit))
@@ -126,7 +128,7 @@ class DeadLetters:
 
 
 def _error(error: object) -> str | None:
-    if error is None or isinstance(error, str):
+    if error is None or (isinstance(error, str) and storable(error)):
         return error
     if inspect.isclass(error):
         return error.__name__
@@ -136,9 +138,9 @@ def _error(error: object) -> str | None:
 def _id(id: object) -> int:
     if isinstance(id, DeadLetter):
         return id.id
-    if isinstance(id, int) and not isinstance(id, bool):
+    if isinstance(id, int) and not isinstance(id, bool) and 0 <= id <= LARGEST:
         return id
-    raise ConfigurationError(f"{id!r} is no id of a dead letter: an int, DeadLetter.id")
+    raise ConfigurationError(f"{id!r} is no id of a dead letter: an int, DeadLetter.id; of a list, unpack them: redrive(*ids)")
 
 
 def _time(name: str, point: datetime) -> float:

@@ -11,8 +11,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from eventbus._recovery import Wanted
-from eventbus.errors import InvalidSubscription, UnknownSubscription
-from eventbus.stores.base import Registration
+from eventbus.errors import ConfigurationError, InvalidSubscription, UnknownSubscription
+from eventbus.stores.base import Registration, storable
 
 if TYPE_CHECKING:
     from eventbus._events import Registry
@@ -61,6 +61,8 @@ class Declared:
     def name_of(self, subscription: object) -> str:
         """The name of a subscription that is given by name or handler; a name may belong to one that is only stored."""
         if isinstance(subscription, str):
+            if not storable(subscription):
+                raise UnknownSubscription(f"{subscription!r} cannot be the name of a subscription; {self._known()}")
             return subscription
         names = [each.name for each in self._subscriptions.values() if each.handler == subscription]
         if len(names) == 1:
@@ -78,14 +80,14 @@ class Declared:
 
     def type_of(self, type: type | str) -> str:
         """The stored name of a class, or the name or pattern itself."""
-        return type if isinstance(type, str) else self._registry.of(type).name
+        return _name(type) if isinstance(type, str) else self._registry.of(type).name
 
     def patterns(self, types: Sequence[type | str]) -> list[str]:
         """The names and patterns of some classes (with their subclasses), names and patterns."""
         patterns: list[str] = []
         for each in types:
             if isinstance(each, str):
-                patterns.append(each)
+                patterns.append(_name(each))
             else:
                 patterns += [kind.name for kind in self._registry.subclasses(each)]
         return patterns
@@ -93,6 +95,12 @@ class Declared:
     def _known(self) -> str:
         names = ", ".join(repr(name) for name in self._subscriptions) or "none"
         return f"known: {names}. Import the module that registers it before the bus starts"
+
+
+def _name(type: str) -> str:
+    if not storable(type):
+        raise ConfigurationError(f"{type!r} cannot be the name of an event type")
+    return type
 
 
 def where(handler: object) -> str:

@@ -21,7 +21,7 @@ from eventbus._codec import Codec, Fault
 from eventbus._events import is_event_class
 from eventbus._model import Draft
 from eventbus.errors import EventBusError, InvalidEvent
-from eventbus.stores.base import Record, headers_of, slot_of
+from eventbus.stores.base import Record, headers_of, slot_of, storable
 
 if TYPE_CHECKING:
     from eventbus._clock import Clock, Ids
@@ -148,13 +148,13 @@ def _key(key: object, kind: EventType) -> str:
         text = str(key)
     except Exception as error:
         raise InvalidEvent(kind.name, "key", f"str() of the {type(key).__name__} given raised {error!r:.80}") from error
-    if not 0 < len(text) <= _MAX_KEY or not _storable(text):
+    if not 0 < len(text) <= _MAX_KEY or not storable(text):
         raise InvalidEvent(kind.name, "key", f"{text[:40]!r} is no key: 1 to {_MAX_KEY} characters of valid text")
     return text
 
 
 def _idempotency_key(key: object, kind: EventType) -> str:
-    if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY or not _storable(key):
+    if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY or not storable(key):
         raise InvalidEvent(kind.name, "idempotency_key", f"must be a str of 1 to {_MAX_KEY} characters, not {str(key)[:40]!r}")
     return key
 
@@ -183,17 +183,9 @@ def _headers(own: Mapping[str, str] | None, kind: EventType) -> str | None:
     values.update(added)
     values.update(own or {})
     for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, str) or not _storable(name + value):
+        if not isinstance(name, str) or not isinstance(value, str) or not storable(name + value):
             raise InvalidEvent(kind.name, f"headers[{name!r}]", f"headers are text for text, not {value!r:.80}")
     text = msgspec.json.encode(values).decode()
     if len(text) > _MAX_HEADERS_BYTES:
         raise InvalidEvent(kind.name, "headers", f"take {len(text):,} characters; the limit is {_MAX_HEADERS_BYTES:,}")
     return text
-
-
-def _storable(text: str) -> bool:
-    """Whether SQLite, and every other store, can hold this text: no lone surrogates, no NUL."""
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:
-        return False

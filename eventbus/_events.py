@@ -110,9 +110,12 @@ def check_name(name: object) -> str:
     return name
 
 
+_LARGEST_VERSION = 2**31 - 1
+
+
 def _check_version(version: object) -> int:
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise InvalidEventType(f"the version of an event type is an int from 1, not {version!r}")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= _LARGEST_VERSION:
+        raise InvalidEventType(f"the version of an event type is an int from 1 to {_LARGEST_VERSION:,}, not {version!r}")
     return version
 
 

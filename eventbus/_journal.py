@@ -21,10 +21,9 @@ from eventbus.errors import (
     BusNotOpen,
     EventBusError,
     PublishOutcomeUnknown,
-    StoreBusy,
+    StoreCorrupt,
     StoreError,
-    StoreFull,
-    StoreUnavailable,
+    StoreLost,
 )
 from eventbus.stores.base import Batch, Command, Committed, Record, Refusal, Stored, Unit
 
@@ -43,8 +42,8 @@ OUTCOME_INTERVAL = 0.020
 RETRY_INTERVAL = 0.5
 """Seconds after which outcomes that could not be written are tried again, if nothing else is."""
 
-_PASSING = (StoreBusy, StoreFull, StoreUnavailable, PublishOutcomeUnknown)
-"""Failures after which the store may be tried again."""
+_FATAL = (StoreLost, StoreCorrupt)
+"""Failures after which nothing that the store says can be relied upon. After all others it is tried again."""
 
 
 class Settling(Protocol):
@@ -295,7 +294,7 @@ class Journal:
     def _put_back(self, pending: _Pending, error: EventBusError) -> None:
         """Outcomes and submitted commands are not lost with a failed commit: they go before those that came meanwhile."""
         with self._condition:
-            if not isinstance(error, _PASSING) or self._closing:
+            if isinstance(error, _FATAL) or self._closing:
                 return
             self._pending.again = [ticket for ticket in pending.commands if ticket.kept]
             pending.commands = [ticket for ticket in pending.commands if not ticket.kept]
@@ -330,7 +329,7 @@ class Journal:
         self._admit_waiting()
 
     def _on_failed(self, pending: _Pending, error: EventBusError, crash: EventBusError | None = None) -> None:
-        if crash is not None or not isinstance(error, _PASSING):
+        if crash is not None or isinstance(error, _FATAL):
             self._crash = crash or error
             _log.critical("the journal has stopped: %s", error, exc_info=error)
         for ticket in pending.appends:

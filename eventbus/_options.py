@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Literal
 
 from eventbus.errors import ConfigurationError, NotSupported
-from eventbus.stores.base import Store
+from eventbus.stores.base import Store, storable
 
 Durability = Literal["full", "fast"]
 
@@ -45,6 +45,31 @@ def check_spans(**spans: object) -> None:
             continue
         if not isinstance(span, timedelta) or span.total_seconds() <= 0:
             raise ConfigurationError(f"{name}={span!r}; expected a timedelta above 0")
+
+
+def check_iterable(events: object) -> None:
+    """Several events, not one."""
+    if not isinstance(events, Iterable) or isinstance(events, (str, bytes)):
+        raise ConfigurationError(f"publish_many takes several events, not {events!r:.80}; for one of them use publish")
+
+
+def event_id_of(event_id: object) -> str:
+    """An event's id as text; "", which no event has, for what cannot be one."""
+    text = str(event_id)
+    return text if storable(text) else ""
+
+
+def key_of(key: object) -> str:
+    """A key as it is stored."""
+    text = str(key)
+    if not storable(text):
+        raise ConfigurationError(f"key={text!r:.80} cannot be the key of an event")
+    return text
+
+
+def prune_every(retention: timedelta | None, most: float) -> float:
+    """Seconds between two applications of the retention: half of it, at least 0.5 s and at most `most`."""
+    return most if retention is None else min(most, max(0.5, retention.total_seconds() / 2))
 
 
 def check_durability(durability: object) -> None:

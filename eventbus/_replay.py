@@ -18,7 +18,7 @@ from eventbus._lanes import Lane
 from eventbus._model import Envelope, ReplaySummary
 from eventbus._side import Item, SideSource
 from eventbus.errors import BusNotOpen, ConfigurationError, RangeNotRetained, UnknownSubscription
-from eventbus.stores.base import Events, LogState, Page, PositionBefore, Record, Retained, type_matches
+from eventbus.stores.base import LARGEST, Events, LogState, Page, PositionBefore, Record, Retained, type_matches
 
 if TYPE_CHECKING:
     from eventbus._declared import Declared
@@ -56,7 +56,9 @@ def _timestamp(name: str, point: datetime) -> float:
 
 
 def _checked(name: str, point: object) -> None:
-    if point is None or isinstance(point, datetime) or (isinstance(point, int) and not isinstance(point, bool) and point >= 0):
+    if point is None or isinstance(point, datetime):
+        return
+    if isinstance(point, int) and not isinstance(point, bool) and 0 <= point <= LARGEST:
         return
     raise ConfigurationError(f"{name}={point!r}; expected an aware datetime, or a position (an int from 0)")
 

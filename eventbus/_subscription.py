@@ -19,7 +19,7 @@ import attrs
 
 from eventbus._retry import RetryPolicy
 from eventbus.errors import InvalidSubscription, NotSupported
-from eventbus.stores.base import Order
+from eventbus.stores.base import LARGEST, Order
 
 OnExhausted = Literal["dead_letter", "pause", "park"]
 Start = Literal["now", "beginning"] | datetime | int
@@ -253,7 +253,7 @@ def _check_start(say: _Complaint, start: object) -> None:
     if isinstance(start, datetime) and start.utcoffset() is None:
         say(f"start={start!r} has no time zone; give an aware datetime, such as datetime.now(UTC)")
     word_or_time = isinstance(start, datetime) or (isinstance(start, str) and start in {"now", "beginning"})
-    if not word_or_time and not (_is_int(start) and start >= 0):
+    if not word_or_time and not (_is_int(start) and 0 <= start <= LARGEST):
         say(f"start={start!r}; expected 'now', 'beginning', an aware datetime, or a position (an int from 0)")
 
 

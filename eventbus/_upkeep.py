@@ -82,13 +82,13 @@ class Upkeep:
 
     async def _prune(self) -> None:
         while True:
-            await self._environment.sleep(self._keeping.prune_every)
             try:
                 await self.prune()
             except BusNotOpen:
                 return
             except EventBusError as error:
                 _log.error("retention could not be applied, trying again later: %s", error)
+            await self._environment.sleep(self._keeping.prune_every)
 
     async def prune(self) -> None:
         """Remove what retention allows to remove, in small steps."""

@@ -70,7 +70,7 @@ class Waiting:
         return blocked
 
     async def _in_log(self, receipt: Receipt) -> Record | None:
-        """The stored record; of a scheduled event, once it is due. None: retention has removed it, so everybody had settled it."""
+        """The stored record; of a scheduled event, once it is due. None: retention has removed it, settled by everybody."""
         event_id = receipt.id
         while True:
             waiter = self._dispatcher.environment.loop.waiter()

@@ -320,10 +320,10 @@ class _Task:
         """The bus stops, and the thread cannot be made to: name it, and end it when it returns."""
         crossing.abandon()
         _log.warning(
-            "the handler of %r did not end within the stop timeout; its thread %r goes on without the bus, "
-            "and what it was handling will be delivered again",
+            "the handler of %r did not end within the stop timeout; its thread %r goes on without the bus%s",
             lane.holder.options.name,
             thread.name,
+            "" if self._timed_out else ", and what it was handling will be delivered again",
         )
         thread.stop()
 

@@ -36,6 +36,7 @@ Foreign exceptions are wrapped, with the cause kept in `__cause__`. Each error c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -234,9 +235,9 @@ class Reject(EventBusError):
 class RetryAfter(EventBusError):
     """Raise it in a handler to get the delivery again after `seconds`. It counts as an attempt."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | timedelta) -> None:
         super().__init__(seconds)
-        self.seconds = seconds
+        self.seconds = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
 
     def __str__(self) -> str:
         return f"asked to be retried after {self.seconds} s"

@@ -54,6 +54,7 @@ from eventbus.stores.queries import (
     WaitingRows,
 )
 from eventbus.stores.records import (
+    LARGEST,
     SLOTS,
     Death,
     LaneState,
@@ -70,10 +71,12 @@ from eventbus.stores.records import (
     since_of,
     slot_of,
     slots_of,
+    storable,
     type_matches,
 )
 
 __all__ = [
+    "LARGEST",
     "SLOTS",
     "Batch",
     "Beat",
@@ -130,6 +133,7 @@ __all__ = [
     "since_of",
     "slot_of",
     "slots_of",
+    "storable",
     "type_matches",
 ]
 

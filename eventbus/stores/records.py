@@ -13,6 +13,9 @@ from typing import Literal
 
 import attrs
 
+LARGEST = 2**63 - 1
+"""The largest position, and the largest integer that a store can hold."""
+
 SLOTS = 1024
 """Slots that keys are spread over. Stored with every event, so it never changes."""
 
@@ -111,6 +114,14 @@ def since_of(since: Mapping[str, int], type: str) -> int | None:
     if exact is not None:
         starts.append(exact)
     return min(starts, default=None)
+
+
+def storable(text: str) -> bool:
+    """Whether every store can hold this text: valid Unicode, no NUL."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def headers_of(record: Record) -> Mapping[str, str]:

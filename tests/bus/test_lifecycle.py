@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -770,3 +771,60 @@ def test_ctrl_c(db: str, backend: str, load: str) -> None:
             return [int(envelope.data.decode().split(":")[1].strip("} ")) async for envelope in bus.history()]
 
     assert anyio.run(numbers)[: stored + 1] == list(range(stored + 1))
+
+
+TWICE = """
+import asyncio, os, sys, threading, time
+import attrs
+from eventbus import EventBus
+
+@attrs.frozen
+class Placed:
+    n: int
+
+bus = EventBus(sys.argv[1])
+
+@bus.subscribe(Placed)
+async def handler(placed: Placed) -> None:
+    os.write(1, b"handling\\n")
+    await asyncio.sleep(3600)
+
+async def main() -> None:
+    async with bus:
+        await bus.publish(Placed(1))
+        await asyncio.sleep(3600)
+
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    os.write(1, b"interrupted\\n")
+"""
+
+
+def test_ctrl_c_twice(db: str) -> None:
+    """A second Ctrl-C, while the bus lets a handler finish, ends the program at once; the delivery comes again."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", TWICE, db], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "handling\n"
+        program.send_signal(signal.SIGINT)
+        time.sleep(0.2)  # the first has ended the body; the bus waits for its handler
+        program.send_signal(signal.SIGINT)
+        rest, errors = program.communicate(timeout=5)
+    finally:
+        program.kill()
+        program.wait()
+    assert rest == "interrupted\n", errors
+
+    seen = Recorder()
+    bus = EventBus(db)
+    bus.subscribe(Placed, name="handler")(seen.note)
+
+    async def again() -> None:
+        async with bus:
+            assert await bus.drain(5) == {}
+
+    anyio.run(again)
+    assert seen.seen == [Placed(1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -60,11 +59,10 @@ class CountingStore(SQLiteStore):
 
 
 @pytest.fixture(autouse=True)
-def often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prune every few milliseconds instead of once a minute."""
     monkeypatch.setattr("eventbus._bus._PRUNE_EVERY", 0.01)
     monkeypatch.setattr("eventbus._upkeep._PRUNE_PAUSE", 0.001)
-    yield
 
 
 def a_bus(store: CountingStore, clock: MovableClock, **options: Any) -> EventBus:

@@ -214,7 +214,7 @@ async def test_a_change_of_order_is_refused_until_it_is_caught_up(db: str, old: 
     async with before.open(dispatch=False):
         await before.publish_many([Draft(Placed(n), key=n) for n in range(5)])
     after, seen_after = a_bus(db, Placed, **new)
-    with pytest.raises(InvalidSubscription, match="caught up.*new name.*unsubscribe"):
+    with pytest.raises(InvalidSubscription, match=r"caught up.*new name.*unsubscribe"):
         async with after:
             pass
     async with before:

@@ -29,7 +29,7 @@ from eventbus import Delivery, Draft, Envelope, EventBus, HandlingFailed, Receip
 KEYS = 7
 BATCH = 5
 ATTEMPTS = 3
-QUICK = RetryPolicy(attempts=ATTEMPTS, first=0.02, factor=1.5)
+QUICK = RetryPolicy(attempts=ATTEMPTS, first=0.005, factor=2)
 
 
 @event("crash.placed", key="owner")
