@@ -70,7 +70,7 @@ class Serving:
         self.delayed: list[Lane] = []
         self.handled = 0
         self.failed = 0
-        self.redriver = Redriver(options.name, dispatcher.environment, self.lane_of)
+        self.redriver = Redriver(options.name, dispatcher.environment, self.lane_of, self._want_lane)
 
     @property
     def halted(self) -> bool:
@@ -147,6 +147,13 @@ class Serving:
         if not self.wants(record.type):
             return None
         return next(lane for lane in self.lanes.values() if lane.log.intake is self.feeds[ONE_LANE].of(record))
+
+    def _want_lane(self, type: str) -> bool:
+        """Ask for the lane of a type of which nothing is in the log; False if it is not for this subscription."""
+        if not self.wants(type):
+            return False
+        self._dispatcher.on_new_lane(self, type)
+        return True
 
     def reads(self, lane: Lane) -> tuple[tuple[str, ...] | None, tuple[int, int]]:
         """The types and the slots of a lane."""
@@ -309,6 +316,7 @@ class Dispatcher:
         self.head = 0
         self.published = 0
         self.halted = False
+        self.leaving = False
         self.crash: EventBusError | None = None
         self.on_crash: Callable[[EventBusError], object] = lambda _error: None
         self.on_new_lane: Callable[[Serving, str], object] = lambda _serving, _type: None
@@ -368,14 +376,12 @@ class Dispatcher:
 
     def halt(self, error: EventBusError) -> None:
         """Outcomes cannot be written: start no further attempt, or handlers would run for nothing, again and again."""
-        self.halted = True
-        for lane in self.lanes():
-            lane.recall()
+        self._halt()
         self.environment.notify(DispatchHalted(error))
 
     def proceed(self) -> None:
         """Outcomes can be written again."""
-        self.halted = False
+        self.halted = self.leaving
         self.wake_all()
 
     def crashed(self, error: EventBusError, *, told: bool) -> None:
@@ -386,6 +392,16 @@ class Dispatcher:
             serving.close()
         if not told:
             self.on_crash(error)
+
+    def leave(self) -> None:
+        """The bus is to end: start no further attempt; those that run come to their end."""
+        self.leaving = True
+        self._halt()
+
+    def _halt(self) -> None:
+        self.halted = True
+        for lane in self.lanes():
+            lane.recall()
 
     def close(self) -> None:
         """Give out nothing any more, for good; those who wait for something are told."""

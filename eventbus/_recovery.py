@@ -107,6 +107,7 @@ def claim_lane(dispatcher: Dispatcher, journal: Journal, instance: Instance, ser
             _log.error("%s: the lane %r could not be claimed: %s", serving.options.name, type, result)
         elif serving.options.name in dispatcher.servings and not dispatcher.closing:
             dispatcher.add_lane(serving, result[0]).log.intake.feed.read()
+            serving.redriver.kick()
         dispatcher.lanes_changed()
 
     try:

@@ -172,6 +172,7 @@ class Running:
         """End the body of `async with bus`, and raise this from it."""
         if self.exit_error is None:
             self.exit_error = error
+            self.dispatcher.leave()
             self._group.cancel_scope.cancel()
 
     async def stop(self, timeout: float) -> None:

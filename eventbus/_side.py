@@ -149,10 +149,18 @@ class SideSource:
 class Redriver:
     """Brings a subscription's dead letters that are being redriven to its lanes, a bounded number at a time."""
 
-    def __init__(self, subscription: str, environment: Environment, lane_of: Callable[[Record], Lane | None]) -> None:
+    def __init__(
+        self,
+        subscription: str,
+        environment: Environment,
+        lane_of: Callable[[Record], Lane | None],
+        want_lane: Callable[[str], bool],
+    ) -> None:
         self._subscription = subscription
         self._environment = environment
         self._lane_of = lane_of
+        self._want_lane = want_lane  # asks for the lane of a type, after which comes a `kick`; False if there will be none
+        self._lane_is_coming = False
         self._sources: dict[Lane, SideSource] = {}
         self._known: set[int] = set()
         self._after = 0
@@ -169,7 +177,7 @@ class Redriver:
     @property
     def idle(self) -> bool:
         """Whether all of them have been settled."""
-        return not self._reading and not self._known
+        return not self._reading and not self._known and not self._lane_is_coming
 
     @property
     def hindered(self) -> bool:
@@ -190,7 +198,8 @@ class Redriver:
             waiter.set()
 
     def kick(self) -> None:
-        """There may be new ones: look from the start."""
+        """There may be new ones, or a new lane: look from the start."""
+        self._lane_is_coming = False
         if self._reading:
             self._again = True
         else:
@@ -221,11 +230,13 @@ class Redriver:
             self._read()
         elif not more:
             self._after = 0
-        if self.idle:
-            self.changed()
+        self.changed()
 
     def _deliver(self, row: DeadLetterRow) -> None:
         lane = self._lane_of(row.record)
+        if lane is None and self._want_lane(row.record.type):
+            self._lane_is_coming = True
+            return
         if lane is None:
             _log.warning("%s: no lane for the dead letter %d of type %r", self._subscription, row.id, row.record.type)
             return

@@ -9,7 +9,7 @@ import anyio
 import attrs
 import pytest
 
-from eventbus import Delivery, Draft, EventBus, HandlingFailed, RetryPolicy
+from eventbus import Delivery, Draft, Envelope, EventBus, HandlingFailed, RetryPolicy
 from eventbus.stores.base import Batch, Committed, Prune
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import NO_RETRY, MovableClock, Recorder
@@ -281,6 +281,31 @@ async def test_a_dead_letter_outlives_its_event() -> None:
         await bus.dead_letters.redrive(letter.id)
         assert await bus.drain(5) == {}
         assert seen.seen == [7]
+
+
+async def test_a_dead_letter_of_a_type_of_which_nothing_is_left(db: str) -> None:
+    """A subscription to a pattern redrives a dead letter after a restart though no event of its type is in the log."""
+    store, clock, broken, seen = CountingStore(db), MovableClock(), True, Recorder()
+    bus = a_bus(store, clock)
+
+    @bus.subscribe("*", name="h", retry=NO_RETRY)
+    async def handler(envelope: Envelope) -> None:
+        if broken:
+            raise ValueError("dead")
+        seen.add(envelope.type)
+
+    async with bus:
+        await bus.publish(Placed(7))
+        await bus.drain(5)
+        clock.move(2 * HOUR)
+        await store.pruned()
+        assert await left(bus) == []
+    broken = False
+    async with bus:
+        assert await bus.dead_letters.redrive(all=True) == 1
+        assert await bus.drain(5) == {}
+        assert await bus.dead_letters.list() == []
+    assert seen.seen == ["Placed"]
 
 
 async def test_idempotency_keys_are_kept_for_their_own_time() -> None:

@@ -9,7 +9,7 @@ import anyio
 import attrs
 import pytest
 
-from eventbus import Delivery, Draft, EventBus, HandlingFailed, Receipt, RetryPolicy, UnknownEvent, WaitTimeout
+from eventbus import Delivery, Draft, EventBus, HandlingFailed, Receipt, RetryPolicy, UnknownEvent, WaitTimeout, event
 from tests.bus.support import NO_RETRY, QUICK, Recorder
 
 
@@ -614,6 +614,38 @@ async def test_drain_covers_what_is_dispatched_here(db: str) -> None:
         await bus.publish(Placed(1))
         assert await bus.drain(5) == {}
     assert seen.seen == [Placed(1)]
+
+
+async def test_drain_does_not_wait_for_a_redrive_that_cannot_be_decoded(db: str) -> None:
+    """A redrive of an event that this program has no class for waits for a program that has; `drain` does not."""
+
+    @event("order.placed", version=2)
+    @attrs.frozen
+    class Newer:
+        n: int
+
+    @event("order.placed", version=1)
+    @attrs.frozen
+    class Older:
+        n: int
+
+    new, old = EventBus(db), EventBus(db)
+
+    @new.subscribe(Newer, name="h", retry=NO_RETRY)
+    async def fails(_event: Newer) -> None:
+        raise ValueError("dead")
+
+    async with new:
+        await new.publish(Newer(1))
+        assert await new.drain(5) == {}
+    old.subscribe(Older, name="h")(Recorder().note)
+    async with old:
+        await old.dead_letters.redrive(all=True)
+        with anyio.fail_after(3):
+            assert await old.drain() == {"h": 1}
+        assert (await old.stats()).subscriptions["h"].state == "blocked"
+        (letter,) = await old.dead_letters.list()
+        assert letter.redriving
 
 
 async def test_drain_when_a_subscription_is_removed() -> None:
