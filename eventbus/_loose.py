@@ -158,7 +158,9 @@ class LooseSource:
     def given_back(self, attempt: Attempt) -> None:
         """It is next again. It stays in the window: later ones may be settled, and the checkpoint must not pass it."""
         position = attempt.record.position
-        if not self.held.has_row(position):
+        if self.held.has_row(position):
+            self.held.given_back(attempt)
+        else:
             heapq.heappush(self._back, (position, attempt.record))
 
     def retry_now(self) -> None:
@@ -297,7 +299,12 @@ class HeldSource:
 
     def given_back(self, attempt: Attempt) -> None:
         """It is next again."""
-        self._of(attempt).running = False
+        held = self._of(attempt)
+        held.running = False
+        if held not in self._active:  # a first attempt, given out by the log, which has got a row meanwhile
+            held.backlog.append(attempt.record)
+            held.read_to = held.up_to
+            self._active.append(held)
 
     def retry_now(self) -> None:
         """Every row is due, at attempt 1."""

@@ -230,9 +230,11 @@ class Running:
         if self._reader_thread is not None:
             self._reader_thread.stop()
             self._reader_thread.join()
-        await self._in_writer(self.store.close)
-        self._writer.stop()
-        self._writer.join()
+        try:
+            await self._in_writer(self.store.close)
+        finally:
+            self._writer.stop()
+            self._writer.join()
 
     async def _in_writer(self, job: Callable[[], object]) -> None:
         """Run a function in the writer's thread, after what it is doing."""

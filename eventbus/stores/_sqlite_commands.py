@@ -269,6 +269,8 @@ class Commands:
         if command.leaving:
             self._connection.execute("DELETE FROM instances WHERE id = ?", (who.id,))
             return
+        # Whoever writes holds the lock file alone: the rows of others are of instances that were killed.
+        self._connection.execute("DELETE FROM instances WHERE id <> ?", (who.id,))
         self._connection.execute(
             "INSERT INTO instances (id, name, host, pid, started, seen) VALUES (?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",

@@ -29,6 +29,7 @@ from eventbus import (
     StoreInUse,
     StoreUnavailable,
 )
+from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import QUICK, Recorder
 
 
@@ -139,6 +140,27 @@ async def test_an_open_refused_while_registering_leaves_nothing(db: str) -> None
     assert_gone(db)
     async with first:
         await first.drain(5)
+
+
+async def test_a_store_that_cannot_be_closed_leaves_no_thread(db: str) -> None:
+    """If closing the store fails, that error comes out, the threads are ended, and the bus can be opened again."""
+
+    class Stubborn(SQLiteStore):
+        def close(self) -> None:
+            super().close()
+            if broken:
+                raise StoreUnavailable("closing failed")
+
+    broken = True
+    bus = EventBus(Stubborn(db))
+    with pytest.raises(StoreUnavailable, match="closing failed"):
+        async with bus:
+            await bus.publish(Placed(1))
+    assert_gone(db)
+    broken = False
+    async with bus:
+        await bus.publish(Placed(2))
+    assert_gone(db)
 
 
 async def test_cancelled_while_opening_leaves_nothing(db: str) -> None:
@@ -803,9 +825,7 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_twice(db: str) -> None:
     """A second Ctrl-C, while the bus lets a handler finish, ends the program at once; the delivery comes again."""
-    program = subprocess.Popen(
-        [sys.executable, "-c", TWICE, db], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    program = subprocess.Popen([sys.executable, "-c", TWICE, db], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert program.stdout is not None
         assert program.stdout.readline() == "handling\n"

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import eventbus._intake
 import eventbus._loose
 import eventbus._running
+import eventbus._threads
 from eventbus import Delivery, Draft, Envelope, EventBus, Reject, RetryPolicy, event
 from eventbus.stores.base import Order
 from tests.bus.support import Recorder
@@ -333,6 +334,34 @@ async def test_an_event_that_takes_long_does_not_stop_the_checkpoint(db: str, mo
         assert await second.wait_for(1) == [0]
         await anyio.lowlevel.checkpoint()
     assert second.seen == [0]
+
+
+async def test_what_has_a_row_and_is_given_back_comes_again(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event that has not come to its thread when the subscription is paused comes again, also where it blocked the window."""
+    monkeypatch.setattr(eventbus._loose, "WINDOW", 2)
+    gate, held_up, run = threading.Event(), threading.Event(), eventbus._threads.Crossing.run
+
+    def late(crossing: eventbus._threads.Crossing) -> None:
+        if not held_up.is_set():
+            held_up.set()
+            assert gate.wait(5)
+        run(crossing)
+
+    monkeypatch.setattr(eventbus._threads.Crossing, "run", late)
+    bus, recorder = EventBus(db), Recorder()
+
+    @bus.subscribe(Number, order="none", concurrency=3)
+    def handle(event: Number) -> None:
+        recorder.add(event.n)
+
+    async with bus:
+        await bus.publish_many([Number("a", n) for n in range(20)])
+        assert len(await recorder.wait_for(19)) == 19
+        await bus.pause(handle)
+        gate.set()
+        await bus.resume(handle)
+        assert await bus.drain(timeout=2) == {}
+    assert sorted(recorder.seen) == list(range(20))
 
 
 async def test_what_is_given_back_is_not_passed_by_the_checkpoint(db: str) -> None:

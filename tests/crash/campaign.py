@@ -190,8 +190,11 @@ class Round:
             events = connection.execute("SELECT position, id, type, key, headers, data FROM events ORDER BY position").fetchall()
             dead = {(s, e) for s, e in connection.execute("SELECT subscription, event_id FROM dead_letters")}
             waiting = connection.execute("SELECT * FROM deliveries").fetchall()
+            (instances,) = connection.execute("SELECT count(*) FROM instances").fetchone()
         if waiting:
             self.fault(f"{len(waiting)} deliveries still wait: {waiting[:3]}")
+        if instances:
+            self.fault(f"{instances} instances that were killed are still listed")
         self.check_log(events)
         self.check_settled(events, dead)
         self.check_order(dead)
