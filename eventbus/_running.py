@@ -205,9 +205,11 @@ class Running:
             for replay in self.replays:
                 replay.interrupt()
         finally:
-            await self._close()
-            for scope in self._scopes:
-                scope.cancel()
+            try:
+                await self._close()
+            finally:
+                for scope in self._scopes:
+                    scope.cancel()
 
     async def end_group(self, *error: object) -> None:
         """Leave the task group, after `stop`; raises what a handler wants the program to end with."""

@@ -42,7 +42,7 @@ async def test_the_life_of_an_event(db: str, order: str) -> None:
     """Pending until an attempt was made, retrying while it waits for another, then handled."""
     bus, gate, attempts = EventBus(db), anyio.Event(), Recorder()
 
-    @bus.subscribe(Placed, name="h", retry=RetryPolicy(first=0.1, jitter=0), **ORDERS[order])
+    @bus.subscribe(Placed, name="h", retry=RetryPolicy(first=1.0, jitter=0), **ORDERS[order])
     async def handler(_placed: Placed, delivery: Delivery) -> None:
         attempts.add(delivery.attempt)
         if delivery.attempt == 1:
