@@ -10,15 +10,18 @@ async with bus:
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import anyio
+import pytest
 
 from eventbus import RetryPolicy
 from eventbus._clock import SystemClock
 from eventbus._loop import current_loop
+from eventbus._threads import Crossing
 from eventbus.errors import StoreBusy
 from eventbus.stores.base import Batch, Committed, Register
 from eventbus.stores.sqlite import SQLiteStore
@@ -173,3 +176,42 @@ class Later:
 
     def monotonic(self) -> float:
         return self._real.monotonic()
+
+
+class HandClock:
+    """A clock that goes only when it is told to, and counts how often it is looked at."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self._now = 1_000.0
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._now += seconds
+
+    def time(self) -> float:
+        return 1_700_000_000.0 + self._now
+
+    def monotonic(self) -> float:
+        self.looks += 1
+        return self._now
+
+    def wait_for_looks(self, count: int) -> None:
+        """Block a handler's thread until the bus has looked at the clock so often that it knows the time."""
+        seen = self.looks + count
+        while self.looks < seen:
+            time.sleep(0.001)
+
+
+def hold_up_first_crossing(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The next time that a plain handler is to be run, its thread does not come to it before the event is set."""
+    gate, held_up, run = threading.Event(), threading.Event(), Crossing.run
+
+    def late(crossing: Crossing) -> None:
+        if not held_up.is_set():
+            held_up.set()
+            assert gate.wait(5)
+        run(crossing)
+
+    monkeypatch.setattr(Crossing, "run", late)
+    return gate

@@ -12,7 +12,7 @@ import pytest
 
 from eventbus import ConfigurationError, DeadLetter, Delivery, EventBus, Reject, RetryPolicy, UnknownEvent, event
 from eventbus.stores.base import Order
-from tests.bus.support import NO_RETRY, Later, Recorder
+from tests.bus.support import NO_RETRY, Later, Recorder, hold_up_first_crossing
 
 ORDERS: list[Order] = ["type", "log", "key", "none"]
 
@@ -429,6 +429,34 @@ async def test_redrive_without_the_handler_waits_for_it(db: str) -> None:
         assert await bus.drain(timeout=5) == {}
         assert await bus.dead_letters.list() == []
     assert switch.recorder.seen == [(1, 1)]
+
+
+async def test_a_redrive_called_back_by_a_pause_comes_again(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A redrive that is on its way to its thread when the subscription is paused is delivered when that is resumed."""
+    seen, fails = Recorder(), True
+
+    def handle(event: Sold) -> None:
+        if fails:
+            raise ValueError
+        seen.add(event.n)
+
+    bus = EventBus(db)
+    bus.subscribe(Sold, name="s", retry=NO_RETRY)(handle)
+    async with bus:
+        await bus.publish_many([Sold("k", 1), Sold("k", 2)])
+        assert await bus.drain(timeout=5) == {}
+        fails, gate = False, hold_up_first_crossing(monkeypatch)
+        await bus.dead_letters.redrive(all=True)
+        while not (await bus.stats()).subscriptions["s"].running:
+            await anyio.lowlevel.checkpoint()
+        await bus.pause("s")
+        gate.set()
+        assert await bus.drain(timeout=5) == {"s": 2}
+        assert seen.seen == []
+        await bus.resume("s")
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
+    assert seen.seen == [1, 2]
 
 
 async def test_a_discarded_redrive_stays_discarded(db: str) -> None:

@@ -14,6 +14,7 @@ import anyio.lowlevel
 import attrs
 import pytest
 
+import eventbus._threads
 from eventbus import (
     BusNotOpen,
     Delivery,
@@ -25,7 +26,7 @@ from eventbus import (
     event,
 )
 from eventbus.hooks import HandlerStuck, Moment
-from tests.bus.support import NO_RETRY, Recorder
+from tests.bus.support import NO_RETRY, HandClock, Recorder, hold_up_first_crossing
 
 number: ContextVar[int] = ContextVar("number", default=0)
 
@@ -426,6 +427,30 @@ async def test_a_plain_handler_that_outlives_its_timeout(db: str, order: Any) ->
         assert (stats.stuck, stats.running, stats.failed, stats.handled) == (0, 0, 1, 2)
     assert attempts.seen == [(1, 1), (1, 2), (2, 1)]
     assert pongs.seen == []
+
+
+async def test_each_attempt_in_a_thread_has_its_own_timeout(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeout counts from when an attempt begins, not from when it is on its way, nor for those that cross with it."""
+    gate = hold_up_first_crossing(monkeypatch)
+    monkeypatch.setattr(eventbus._threads, "QUANTUM", 1_000)
+    clock, moments = HandClock(), list[Moment]()
+    bus, recorder = EventBus(db, clock=clock, hooks=[moments.append]), Recorder()
+
+    @bus.subscribe(Ping, name="s", timeout=10, retry=NO_RETRY)
+    def handle(event: Ping) -> None:
+        clock.advance(6)
+        clock.wait_for_looks(5)
+        recorder.add(event.n)
+
+    async with bus:
+        await bus.publish_many([Ping(n) for n in range(5)])
+        clock.advance(60)
+        await anyio.to_thread.run_sync(clock.wait_for_looks, 5)
+        gate.set()
+        assert await bus.drain(timeout=5) == {}
+        assert await dead(bus) == []
+    assert recorder.seen == list(range(5))
+    assert moments == []
 
 
 async def test_a_stuck_thread_holds_up_no_other_lane(db: str) -> None:

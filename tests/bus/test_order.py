@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 import eventbus._intake
 import eventbus._loose
 import eventbus._running
-import eventbus._threads
 from eventbus import Delivery, Draft, Envelope, EventBus, Reject, RetryPolicy, event
 from eventbus.stores.base import Order
-from tests.bus.support import Recorder
+from tests.bus.support import Recorder, hold_up_first_crossing
 
 SOON = RetryPolicy(attempts=20, first=0.002, factor=1.0, jitter=1.0)
 """Retries at once, at random moments, for longer than any of these tests makes something fail."""
@@ -339,15 +338,7 @@ async def test_an_event_that_takes_long_does_not_stop_the_checkpoint(db: str, mo
 async def test_what_has_a_row_and_is_given_back_comes_again(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event that has not come to its thread when the subscription is paused comes again, also where it blocked the window."""
     monkeypatch.setattr(eventbus._loose, "WINDOW", 2)
-    gate, held_up, run = threading.Event(), threading.Event(), eventbus._threads.Crossing.run
-
-    def late(crossing: eventbus._threads.Crossing) -> None:
-        if not held_up.is_set():
-            held_up.set()
-            assert gate.wait(5)
-        run(crossing)
-
-    monkeypatch.setattr(eventbus._threads.Crossing, "run", late)
+    gate = hold_up_first_crossing(monkeypatch)
     bus, recorder = EventBus(db), Recorder()
 
     @bus.subscribe(Number, order="none", concurrency=3)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import anyio
 import attrs
 import pytest
 
-from eventbus import Delivery, EventBus, HandlingFailed, RetryPolicy, UnknownSubscription, event
+import eventbus._threads
+from eventbus import Delivery, EventBus, HandlingFailed, Reject, RetryPolicy, UnknownSubscription, event
 from eventbus.hooks import Moment, SubscriptionPaused
 from eventbus.stores.base import Order
 from tests.bus.support import Recorder
@@ -180,10 +182,9 @@ async def test_a_pause_by_hand(db: str) -> None:
     assert started.seen == [0, 1, 2, 3]
 
 
-async def test_a_pause_stops_a_run_of_plain_handlers(db: str) -> None:
+async def test_a_pause_stops_a_run_of_plain_handlers(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After `pause` has returned, a plain handler starts no further attempt, though many were on their way to its thread."""
-    import threading
-
+    monkeypatch.setattr(eventbus._threads, "QUANTUM", 1_000)
     seen, first, go_on = Recorder(), threading.Event(), threading.Event()
     bus = EventBus(db)
 
@@ -226,7 +227,6 @@ async def test_pause_and_resume_are_known_by_name_and_by_handler(db: str) -> Non
 
 async def test_exhausted_by_a_rejection_is_a_dead_letter_all_the_same(db: str) -> None:
     """`Reject` says that this delivery is dead; it does not pause the subscription."""
-    from eventbus import Reject
 
     async def handle(event: Task) -> None:
         raise Reject("not ours")
