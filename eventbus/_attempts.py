@@ -9,16 +9,11 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextvars import Context, ContextVar
+from contextvars import Context
 from typing import Any
 
-from eventbus._encoding import current_record
-from eventbus._outcomes import ACKED, Acked, Attempt, Failed, Outcome, Undeliverable
+from eventbus._outcomes import ACKED, Acked, Attempt, Failed, Outcome, Undeliverable, current_attempt
 from eventbus.errors import HandlerTimeout, UndecodableEvent, UnknownEventType
-
-current_attempt: ContextVar[Attempt | None] = ContextVar("eventbus_current_attempt", default=None)
-"""The attempt that runs in this context."""
-
 
 class Torn(BaseException):
     """The event loop was closed under a running attempt: there is nobody left to tell."""
@@ -27,7 +22,6 @@ class Torn(BaseException):
 def _begin(attempt: Attempt) -> object:
     """Call the handler; in the attempt's context."""
     current_attempt.set(attempt)
-    current_record.set(attempt.record)
     holder = attempt.lane.holder
     return holder.options.handler(*holder.arguments(attempt))
 

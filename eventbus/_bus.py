@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -305,8 +304,8 @@ class EventBus:
         """
         running = self._open()
         record = running.encoder.record(event, key=key, idempotency_key=idempotency_key, headers=headers, due=due)
-        (stored,) = await running.journal.append((record,))
-        return self._receipt(running, record, stored)
+        stored = await running.journal.append((record,))
+        return self._receipts(running, (record,), stored)[0]
 
     async def publish_many(self, events: Iterable[object]) -> list[Receipt]:
         """Store events, or `Draft`s, in one transaction, all or nothing, in this order; see `publish`.
@@ -315,17 +314,22 @@ class EventBus:
         """
         running = self._open()
         check_iterable(events)
-        records = [running.encoder.draft(each) for each in events]
+        records = running.encoder.records(list(events))
         if not records:
             return []
-        stored = await running.journal.append(records)
-        return [self._receipt(running, record, each) for record, each in zip(records, stored, strict=True)]
+        return self._receipts(running, records, await running.journal.append(records))
 
-    def _receipt(self, running: Running, record: Record, stored: Stored) -> Receipt:
-        if record.due_at is not None and not stored.duplicate:
-            running.upkeep.scheduled(record.due_at)
-        own = None if stored.duplicate else record
-        return Receipt(stored.id, stored.position, stored.duplicate, partial(running.waiting.handled, own))
+    def _receipts(self, running: Running, records: Sequence[Record], stored: Sequence[Stored] | None) -> list[Receipt]:
+        handled = running.waiting.handled
+        if stored is None:
+            return [Receipt(record.id, record.position, False, handled, record) for record in records]
+        receipts = []
+        for record, place in zip(records, stored, strict=True):
+            if record.due_at is not None and not place.duplicate:
+                running.upkeep.scheduled(record.due_at)
+            own = None if place.duplicate else record
+            receipts.append(Receipt(place.id, place.position, place.duplicate, handled, own))
+        return receipts
 
     async def cancel(self, event_id: str) -> bool:
         """Cancel an event that was published with `due`; False if it is in the log already, or was never scheduled."""

@@ -13,10 +13,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Protocol
 
-_COUNTER_BITS = 62
-_VARIANT = 0b10 << _COUNTER_BITS
-
-
 class Clock(Protocol):
     """Where the bus takes the time from."""
 
@@ -47,8 +43,8 @@ def to_datetime(seconds: float) -> datetime:
 class Ids:
     """Event ids: UUID version 7 (RFC 9562), as text, strictly increasing from call to call, from any thread.
 
-    The 48 bits of time only grow; within a millisecond the 62 random bits count up from a random start (RFC 9562, 6.2,
-    method 2). Ordered ids keep inserts at the right edge of the unique index.
+    The 48 bits of time only grow. Of the 74 random bits the last 48 count up within a millisecond (RFC 9562, 6.2, method 2),
+    so that most of an id's text is made once a millisecond. Ordered ids keep inserts at the right edge of the unique index.
     """
 
     def __init__(self, clock: Clock, entropy: Callable[[int], bytes] = os.urandom) -> None:
@@ -56,7 +52,7 @@ class Ids:
         self._entropy = entropy
         self._lock = threading.Lock()
         self._millisecond = 0
-        self._prefix = ""
+        self._head = ""
         self._counter = 0
 
     def next(self) -> str:
@@ -65,14 +61,25 @@ class Ids:
             millisecond = int(self._clock.time() * 1000)
             if millisecond > self._millisecond:
                 self._start(millisecond)
-            self._counter += 1
-            low = self._counter
-        return f"{self._prefix}-{low >> 48:04x}-{low & 0xFFFFFFFFFFFF:012x}"
+            self._counter = counter = self._counter + 1
+            head = self._head
+        return head + counter.to_bytes(6, "big").hex()
+
+    def take(self, count: int) -> list[str]:
+        """The next `count` ids, of one instant."""
+        with self._lock:
+            millisecond = int(self._clock.time() * 1000)
+            if millisecond > self._millisecond:
+                self._start(millisecond)
+            first = self._counter + 1
+            self._counter += count
+            head = self._head
+        return [head + counter.to_bytes(6, "big").hex() for counter in range(first, first + count)]
 
     def _start(self, millisecond: int) -> None:
-        seed = int.from_bytes(self._entropy(10), "big")
-        # The counter's top bit starts at 0, so that counting up never reaches the variant bits.
-        self._counter = _VARIANT | (seed & ((1 << (_COUNTER_BITS - 1)) - 1))
-        high = f"{millisecond:012x}"
-        self._prefix = f"{high[:8]}-{high[8:]}-7{seed >> 68:03x}"
+        time, seed = f"{millisecond:012x}", self._entropy(10)
+        random = int.from_bytes(seed[:4], "big")
+        # The counter's top bit starts at 0, so that it never reaches the bits before it.
+        self._counter = int.from_bytes(seed[4:], "big") >> 1
+        self._head = f"{time[:8]}-{time[8:]}-7{random >> 20:03x}-{0x8000 | (random & 0x3FFF):04x}-"
         self._millisecond = millisecond

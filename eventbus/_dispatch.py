@@ -286,7 +286,7 @@ class Serving:
                     f"the handler of {self.options.name!r} returned {event!r:.80}; "
                     "return None, an event, or a list of events or Drafts"
                 )
-        return [*attempt.outbox, *(encoder.draft(item) for item in returned)]
+        return [*attempt.outbox, *encoder.records(list(returned))]
 
 
 def lanes_wanted(

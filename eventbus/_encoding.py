@@ -8,11 +8,12 @@ anything is queued: one bad event cannot fail those of others.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import msgspec
 
@@ -20,18 +21,17 @@ from eventbus._clock import to_datetime
 from eventbus._codec import Codec, Fault
 from eventbus._events import is_event_class
 from eventbus._model import Draft
+from eventbus._outcomes import current_attempt
 from eventbus.errors import EventBusError, InvalidEvent
-from eventbus.stores.base import Record, headers_of, slot_of, storable
+from eventbus.stores.base import SLOTS, Record, headers_of, storable
 
 if TYPE_CHECKING:
     from eventbus._clock import Clock, Ids
     from eventbus._events import EventType, Registry
+    from eventbus._outcomes import Attempt
 
 _MAX_KEY = 255
 _MAX_HEADERS_BYTES = 16_384
-
-current_record: ContextVar[Record | None] = ContextVar("eventbus_current_record", default=None)
-"""The event whose handler is running in this context."""
 
 _added: ContextVar[Mapping[str, str]] = ContextVar("eventbus_headers", default={})  # noqa: B039  # never mutated
 
@@ -62,10 +62,12 @@ class Encoder:
     def __init__(self, registry: Registry, codec: Codec, ids: Ids, clock: Clock, max_event_bytes: int) -> None:
         self._registry = registry
         self._codec = codec
+        self._encode = codec.encode
+        self._content_type = codec.content_type
         self._ids = ids
         self._clock = clock
         self._max_bytes = max_event_bytes
-        self._met: set[type] = set()
+        self._met: dict[type, EventType] = {}
         self._meeting = threading.Lock()
         self.on_new_type: Callable[[EventType], object] = lambda _kind: None
         """Called with each type before its first record is returned; one call at a time."""
@@ -73,14 +75,6 @@ class Encoder:
     def is_event(self, thing: object) -> bool:
         """Whether this could be published."""
         return is_event_class(type(thing))
-
-    def draft(self, draft: object) -> Record:
-        """A record of a `Draft`, or of a bare event."""
-        if isinstance(draft, Draft):
-            return self.record(
-                draft.event, key=draft.key, idempotency_key=draft.idempotency_key, headers=draft.headers, due=draft.due
-            )
-        return self.record(draft)
 
     def record(
         self,
@@ -97,36 +91,47 @@ class Encoder:
             InvalidEvent: the event, or an option, cannot be stored as it is.
             InvalidEventType: the event's class cannot be an event.
         """
-        kind = self._registry.of(type(event))
-        if kind.cls not in self._met:
-            with self._meeting:  # another thread may go on only when the type has been told of
-                if kind.cls not in self._met:
-                    self.on_new_type(kind)
-                    self._met.add(kind.cls)
-        data = self._encode(event, kind)
-        if key is None and kind.key_field is not None:
-            key = getattr(event, kind.key_field)
-        text_key = None if key is None else _key(key, kind)
-        event_id, parent = self._ids.next(), current_record.get()
-        return Record(
-            event_id,
-            kind.name,
-            kind.version,
+        return self._record(
+            event,
+            self._ids.next(),
             self._clock.time(),
-            text_key,
-            slot_of(event_id if text_key is None else text_key),
-            _headers(headers, kind),
-            self._codec.content_type,
-            data,
-            None if idempotency_key is None else _idempotency_key(idempotency_key, kind),
-            None if due is None else _due(due, self._clock.time(), kind),
-            event=event if kind.shared else None,
-            cause=0 if parent is None else parent.position,
+            current_attempt.get(),
+            _added.get(),
+            key,
+            idempotency_key,
+            headers,
+            due,
         )
 
-    def _encode(self, event: object, kind: EventType) -> bytes:
+    def records(self, drafts: Sequence[object]) -> list[Record]:
+        """Records of `Draft`s, or of bare events, published at one time; raises as `record`."""
+        ids, now, parent, added = self._ids.take(len(drafts)), self._clock.time(), current_attempt.get(), _added.get()
+        records = []
+        for id, draft in zip(ids, drafts, strict=True):
+            if isinstance(draft, Draft):
+                options = (draft.key, draft.idempotency_key, draft.headers, draft.due)
+                records.append(self._record(draft.event, id, now, parent, added, *options))
+            else:
+                records.append(self._record(draft, id, now, parent, added))
+        return records
+
+    def _record(
+        self,
+        event: object,
+        id: str,
+        now: float,
+        parent: Attempt | None,
+        added: Mapping[str, str],
+        key: object = None,
+        idempotency_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        due: datetime | timedelta | None = None,
+    ) -> Record:
+        """Every event comes this way; what most of them do not have costs no more than a look."""
+        cls = type(event)
+        kind = self._met.get(cls) or self._meet(cls)
         try:
-            data = self._codec.encode(event)
+            data = self._encode(event)
         except Fault as fault:
             raise InvalidEvent(kind.name, fault.field, fault.reason) from fault.__cause__
         except EventBusError:
@@ -134,13 +139,42 @@ class Encoder:
         except Exception as error:
             raise InvalidEvent(kind.name, "", f"the codec failed: {type(error).__name__}: {error}") from error
         if len(data) > self._max_bytes:
-            raise InvalidEvent(
-                kind.name,
-                "",
-                f"takes {len(data):,} bytes; the limit is {self._max_bytes:,} (max_event_bytes). "
-                "Keep the bulk elsewhere and publish where it is",
-            )
-        return data
+            raise self._too_large(kind, data)
+        if key is None and kind.key_field is not None:
+            key = getattr(event, kind.key_field)
+        text_key = None if key is None else _key(key, kind)
+        return Record(
+            id,
+            kind.name,
+            kind.version,
+            now,
+            text_key,
+            crc32((text_key or id).encode()) % SLOTS,  # `slot_of`, without the call
+            _headers(parent, added, headers, kind) if parent is not None or added or headers else None,
+            self._content_type,
+            data,
+            None if idempotency_key is None else _idempotency_key(idempotency_key, kind),
+            None if due is None else _due(due, now, kind),
+            0,
+            event if kind.shared else None,
+            0 if parent is None else parent.record.position,
+        )
+
+    def _meet(self, cls: type) -> EventType:
+        kind = self._registry.of(cls)
+        with self._meeting:  # another thread may go on only when the type has been told of
+            if cls not in self._met:
+                self.on_new_type(kind)
+                self._met[cls] = kind
+        return kind
+
+    def _too_large(self, kind: EventType, data: bytes) -> InvalidEvent:
+        return InvalidEvent(
+            kind.name,
+            "",
+            f"takes {len(data):,} bytes; the limit is {self._max_bytes:,} (max_event_bytes). "
+            "Keep the bulk elsewhere and publish where it is",
+        )
 
 
 def _key(key: object, kind: EventType) -> str:
@@ -170,16 +204,16 @@ def _due(due: object, now: float, kind: EventType) -> float:
     raise InvalidEvent(kind.name, "due", f"must be an aware datetime or a timedelta, not {due!r:.80}")
 
 
-def _headers(own: Mapping[str, str] | None, kind: EventType) -> str | None:
-    parent, added = current_record.get(), _added.get()
-    if parent is None and not added and not own:
-        return None
+def _headers(
+    parent: Attempt | None, added: Mapping[str, str], own: Mapping[str, str] | None, kind: EventType
+) -> str | None:
     if own is not None and not isinstance(own, Mapping):
         raise InvalidEvent(kind.name, "headers", f"must be a mapping of text to text, not {own!r:.80}")
     values: dict[str, str] = {}
     if parent is not None:
-        values["correlation_id"] = headers_of(parent).get("correlation_id", parent.id)
-        values["causation_id"] = parent.id
+        cause = parent.record
+        values["correlation_id"] = headers_of(cause).get("correlation_id", cause.id)
+        values["causation_id"] = cause.id
     values.update(added)
     values.update(own or {})
     for name, value in values.items():

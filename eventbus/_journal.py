@@ -136,8 +136,8 @@ class Journal:
 
     # -------------------------------------------------------------- on the loop
 
-    async def append(self, records: Sequence[Record]) -> Sequence[Stored]:
-        """Append a group of records, all or nothing; returns when they are durable.
+    async def append(self, records: Sequence[Record]) -> Sequence[Stored] | None:
+        """Append a group of records, all or nothing; returns when they are durable, as `Committed.appends`.
 
         Waits while `max_pending` records are waiting before it. A cancellation before the group is queued means that it is
         not stored; after that, it is raised once the group is decided.
@@ -152,7 +152,7 @@ class Journal:
         await waiter.wait_decided()
         if isinstance(ticket.result, Exception):
             raise ticket.result
-        return cast("Sequence[Stored]", ticket.result)
+        return cast("Sequence[Stored] | None", ticket.result)
 
     async def written(self) -> None:
         """Wait until the outcomes that were handed in before are written."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import attrs
 
@@ -83,7 +83,8 @@ class Receipt:
     id: str
     position: int | None
     duplicate: bool
-    _handled: Callable[[Receipt, float | None], Awaitable[None]] = attrs.field(repr=False, eq=False)
+    _handled: Callable[[Any, Receipt, float | None], Awaitable[None]] = attrs.field(repr=False, eq=False)
+    _record: object = attrs.field(repr=False, eq=False)
 
     async def handled(self, timeout: float | None = None) -> None:
         """Wait until every subscription that existed at its position has handled the event, and the acks are committed.
@@ -98,7 +99,7 @@ class Receipt:
                 paused, has no handler here, or waits for the very handler that calls this.
             WaitTimeout: it took longer than `timeout` (also a `TimeoutError`). The work goes on.
         """
-        await self._handled(self, timeout)
+        await self._handled(self._record, self, timeout)
 
 
 class Publisher(Protocol):

@@ -18,7 +18,7 @@ import msgspec
 
 from eventbus._faults import MAX_DEPTH, Fault, check_json, mismatch, shown
 from eventbus._fields import Field, label
-from eventbus._leaves import Hook
+from eventbus._leaves import STRAIGHT_NAMES, Hook
 from eventbus.errors import InvalidEventType
 
 Part: TypeAlias = "tuple[str, Node, Any]"
@@ -53,6 +53,7 @@ class Node:
         children: the nodes inside.
         reads_back: decoding runs code of the user's or of another library; an event with such a value is read back before it
             is accepted.
+        straight: a condition under which `dump` gives a value back as it is, as Python over `{0}`; "" where there is none.
         form: the annotation.
     """
 
@@ -66,6 +67,7 @@ class Node:
     loaded_parts: Parts = _no_parts
     children: tuple[Node, ...] = ()
     reads_back: bool = False
+    straight: str = ""
 
     @property
     def dumper(self) -> Hook:
@@ -354,15 +356,25 @@ def build_class(node: Node, cls: type, fields: list[tuple[Field, Node]]) -> None
 
 
 def _class_dumper(node: Node, cls: type, fields: list[tuple[Field, Node]]) -> Hook:
-    entries = [f"{field.name!r}: dump_{i}({_attribute(field.name)})" for i, (field, _) in enumerate(fields)]
+    values = [f"    v{i} = {_attribute(field.name)}" for i, (field, _) in enumerate(fields)]
+    entries = [f"{field.name!r}: {_dumped(child, i)}" for i, (field, child) in enumerate(fields)]
     source = f"""
 def dump(value):
     if value.__class__ is not cls:
         raise mismatch(form, value)
+{_LINE.join(values)}
     return {{{", ".join(entries)}}}
 """
     names = {f"dump_{i}": child.dumper for i, (_, child) in enumerate(fields)}
-    return _compiled(source, "dump", {"cls": cls, "form": node.form, "mismatch": mismatch, **names})
+    return _compiled(source, "dump", STRAIGHT_NAMES | {"cls": cls, "form": node.form, "mismatch": mismatch} | names)
+
+
+_LINE: Final = "\n"
+
+
+def _dumped(child: Node, i: int) -> str:
+    """The JSON of the local variable `v<i>`: as it is where that is known to be right, else by its node."""
+    return f"v{i} if {child.straight.format(f'v{i}')} else dump_{i}(v{i})" if child.straight else f"dump_{i}(v{i})"
 
 
 def _attribute(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import attrs
@@ -45,6 +46,10 @@ class Attempt:
     outbox: list[Record] = attrs.field(factory=list)
     over: bool = False
     epoch: int = 0
+
+
+current_attempt: ContextVar[Attempt | None] = ContextVar("eventbus_current_attempt", default=None)
+"""The attempt that runs in this context."""
 
 
 @attrs.frozen

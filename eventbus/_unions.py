@@ -70,6 +70,7 @@ def _optional(node: Node, other: Node) -> None:
     if NoneType in node.kinds and NoneType not in other.kinds:
         node.dump = lambda value: None if value is None else dump(value)
         node.load = lambda value: None if value is None else load(value)
+        node.straight = f"({{0}} is None or {other.straight})" if other.straight else "{0} is None"
     else:
         node.dump, node.load = dump, load
     node.parts = lambda value: () if value is None else other.parts(value)

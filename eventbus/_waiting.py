@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from eventbus._attempts import current_attempt
 from eventbus._lanes import Cascade, Lane
 from eventbus._model import DeliveryStatus, Receipt
+from eventbus._outcomes import current_attempt
 from eventbus.errors import HandlingFailed, UnknownEvent, WaitTimeout
 from eventbus.stores.base import DeadLetterFilter, DeadLetters, Find, Lag, LagOfRows, Record, since_of
 

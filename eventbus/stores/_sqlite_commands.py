@@ -49,12 +49,12 @@ class Commands:
 
     Attributes:
         results: for each its result, or its error.
-        promoted: scheduled events that entered the log, with their positions.
+        promoted: scheduled events that entered the log, in the order of their positions.
     """
 
     def __init__(self, connection: Connection, now: float) -> None:
         self.results: list[object] = []
-        self.promoted: list[tuple[Record, int]] = []
+        self.promoted: list[Record] = []
         self._connection = connection
         self._now = now
 
@@ -209,10 +209,10 @@ class Commands:
         """See `Promote`."""
         promoted = self._due(command)
         if promoted:
-            insert_events(self._connection, promoted)
-            ids = _json([record.id for record, _ in promoted])
+            insert_events(self._connection, promoted, _head(self._connection) + 1)
+            ids = _json([record.id for record in promoted])
             self._connection.execute("DELETE FROM scheduled WHERE id IN (SELECT value FROM json_each(?))", (ids,))
-            self._give_positions([record.idempotency_key for record, _ in promoted if record.idempotency_key is not None])
+            self._give_positions([record.idempotency_key for record in promoted if record.idempotency_key is not None])
             self.promoted += promoted
         return next_due(self._connection)
 
@@ -222,19 +222,17 @@ class Commands:
         )
         execute_rows(self._connection, head, [(key,) for key in keys], ")")
 
-    def _due(self, command: Promote) -> list[tuple[Record, int]]:
+    def _due(self, command: Promote) -> list[Record]:
         text = (
             f"SELECT CAST(json_group_array(json_array({event_json('0')}, e.idempotency_key)) AS BLOB) FROM ("
             "SELECT * FROM scheduled WHERE due_at <= ? ORDER BY due_at, id LIMIT ?) e"
         )
         rows = one(self._connection, text, (to_micros(command.now), command.limit), _DUE, "scheduled")
-        position = _head(self._connection) if rows else 0
         promoted = []
         for row, key in rows:
             record = record_of(row)
             record.idempotency_key, record.time = key, to_micros(command.now)
-            position += 1
-            promoted.append((record, position))
+            promoted.append(record)
         return promoted
 
     def cancel(self, command: Cancel) -> bool:

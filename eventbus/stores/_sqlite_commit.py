@@ -12,7 +12,6 @@ import functools
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
 
 import attrs
 import msgspec
@@ -33,7 +32,6 @@ from eventbus.stores._sqlite_rows import (
 from eventbus.stores.base import Batch, LaneState, Record, Stored
 
 LaneKey = tuple[str, str]
-T = TypeVar("T")
 
 HEAD = "coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)"
 """The log's last position, also when all was removed: AUTOINCREMENT remembers it."""
@@ -173,29 +171,26 @@ class Entering:
 
     Attributes:
         head: the last position given out.
-        events: records with the positions that become theirs when the transaction is committed.
+        events: records in the order of their positions, which follow upon each other from the head before; they become theirs
+            when the transaction is committed.
     """
 
     def __init__(self, head: int, keys: dict[str, Known]) -> None:
         self.head = head
-        self.events: list[tuple[Record, int]] = []
+        self.events: list[Record] = []
         self.scheduled: list[Record] = []
+        self._first = head + 1
         self._keys = keys
         self._new_keys: dict[str, Record] = {}
 
-    def admit(self, records: Sequence[Record]) -> list[Stored] | IdempotencyConflict:
-        """Take a group in whole, or nothing of it."""
+    def admit(self, records: Sequence[Record]) -> list[Stored] | IdempotencyConflict | None:
+        """Take a group in whole, or nothing of it; see `Committed.appends`."""
         for record in records:
             if record.idempotency_key is not None or record.due_at is not None:
                 return self._admit_with_keys(records)
-        position = self.head
-        stored = []
-        for record in records:
-            position += 1
-            self.events.append((record, position))
-            stored.append(Stored(record.id, position))
-        self.head = position
-        return stored
+        self.events.extend(records)
+        self.head += len(records)
+        return None
 
     def _admit_with_keys(self, records: Sequence[Record]) -> list[Stored] | IdempotencyConflict:
         conflict = self._conflict(records)
@@ -222,7 +217,7 @@ class Entering:
         if record.due_at is None:
             self.head += 1
             position = self.head
-            self.events.append((record, position))
+            self.events.append(record)
         else:
             self.scheduled.append(record)
         if key is not None:
@@ -234,7 +229,7 @@ class Entering:
 
     def write(self, connection: sqlite3.Connection, now: float) -> None:
         """Insert it all."""
-        insert_events(connection, self.events)
+        insert_events(connection, self.events, self._first)
         insert_scheduled(connection, self.scheduled)
         if self._new_keys:
             time = to_micros(now)
@@ -243,34 +238,38 @@ class Entering:
             execute_rows(connection, "INSERT INTO idempotency (key, event_id, position, digest, time)", rows)
 
 
-def insert_events(connection: sqlite3.Connection, events: Sequence[tuple[Record, int]]) -> None:
-    """Write events at the positions given with them."""
-    for some in _by_bytes(events, [len(record.data) for record, _ in events]):
-        rows = [(position, record.id, *event_values(record, position)) for record, position in some]
+def insert_events(connection: sqlite3.Connection, events: Sequence[Record], first: int) -> None:
+    """Write events at positions that follow upon each other, from the one given."""
+    for some in _by_bytes(events):
+        positions = range(first, first + len(some))
+        values = event_values(some, positions)
+        rows = [(position, record.id, *row) for position, record, row in zip(positions, some, values, strict=True)]
         execute_rows(connection, INSERT_EVENTS, rows)
+        first += len(some)
 
 
 def insert_scheduled(connection: sqlite3.Connection, records: Sequence[Record]) -> None:
     """Write events that wait for their time."""
-    for some in _by_bytes(records, [len(record.data) for record in records]):
+    for some in _by_bytes(records):
         rows: list[tuple[Value, ...]] = []
-        for record in some:
+        for record, values in zip(some, event_values(some, [0] * len(some)), strict=True):
             due_at = record.due_at = to_micros(record.due_at or 0.0)
-            rows.append((record.id, due_at, record.idempotency_key, *event_values(record, 0)))
+            rows.append((record.id, due_at, record.idempotency_key, *values))
         execute_rows(connection, INSERT_SCHEDULED, rows)
 
 
-def _by_bytes(items: Sequence[T], sizes: Sequence[int]) -> Iterable[Sequence[T]]:
+def _by_bytes(records: Sequence[Record]) -> Iterable[Sequence[Record]]:
     """Pieces of little data: a statement keeps what was bound to it last."""
-    if sum(sizes) <= _STATEMENT_BYTES:
-        return [items] if items else []
-    pieces: list[list[T]] = [[]]
+    if sum([len(record.data) for record in records]) <= _STATEMENT_BYTES:
+        return [records] if records else []
+    pieces: list[list[Record]] = [[]]
     room = _STATEMENT_BYTES
-    for item, size in zip(items, sizes, strict=True):
+    for record in records:
+        size = len(record.data)
         if size > room and pieces[-1]:
             pieces.append([])
             room = _STATEMENT_BYTES
-        pieces[-1].append(item)
+        pieces[-1].append(record)
         room -= size
     return pieces
 

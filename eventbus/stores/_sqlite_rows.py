@@ -28,6 +28,7 @@ from eventbus.stores.base import (
     Waiting,
     WaitingRow,
     checksum,
+    checksum_at,
 )
 
 T = TypeVar("T")
@@ -142,25 +143,34 @@ def record_of(row: EventRow) -> Record:
     return record
 
 
-def event_values(record: Record, position: int) -> tuple[Value, ...]:
-    """The values of `_EVENT`. The record's time becomes exact to the microsecond."""
-    time = record.time = to_micros(record.time)
-    data = record.data
-    crc = checksum(record, position)
-    if record.fault is not None:
-        crc ^= 0xFFFFFFFF  # what was damaged stays so, also where it is written anew
-    return (
-        record.type,
-        record.version,
-        time,
-        record.key,
-        record.slot,
-        record.headers,
-        record.content_type,
-        len(data),
-        crc,
-        _data_value(record.content_type, data),
-    )
+def event_values(records: Sequence[Record], positions: Sequence[int]) -> list[tuple[Value, ...]]:
+    """For each record the values of `_EVENT`, at the position given with it. Its time becomes exact to the microsecond."""
+    seen, time, shown = None, 0.0, ""
+    rows: list[tuple[Value, ...]] = []
+    for record, position in zip(records, positions, strict=True):
+        if record.time != seen:  # what is published together has one time
+            seen, time = record.time, to_micros(record.time)
+            shown = repr(time)
+        record.time = time
+        crc = checksum_at(record, position, shown)
+        if record.fault is not None:
+            crc ^= 0xFFFFFFFF  # what was damaged stays so, also where it is written anew
+        data = record.data
+        rows.append(
+            (
+                record.type,
+                record.version,
+                time,
+                record.key,
+                record.slot,
+                record.headers,
+                record.content_type,
+                len(data),
+                crc,
+                _data_value(record.content_type, data),
+            )
+        )
+    return rows
 
 
 def _data_value(content_type: str, data: bytes) -> str | bytes:

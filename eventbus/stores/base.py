@@ -65,6 +65,7 @@ from eventbus.stores.records import (
     Unit,
     Waiting,
     checksum,
+    checksum_at,
     headers_of,
     lane_name,
     lane_of_slot,
@@ -127,6 +128,7 @@ __all__ = [
     "WaitingRow",
     "WaitingRows",
     "checksum",
+    "checksum_at",
     "headers_of",
     "lane_name",
     "lane_of_slot",
@@ -175,7 +177,8 @@ class Committed:
 
     Attributes:
         previous_head, head: the log's last position before and after.
-        appends: for each group its events' places, or the conflict for which it was left out whole.
+        appends: for each group its events' places, or the conflict for which it was left out whole; None where all of the group
+            has simply entered the log, so that its records say where they lie.
         refused: for each unit that was left out, by its index, why.
         conflicts: indexes of the units whose delivery ended as a dead letter, by `Unit.conflict`.
         results: for each command its result, or the error for which it wrote nothing.
@@ -184,7 +187,7 @@ class Committed:
 
     previous_head: int
     head: int
-    appends: Sequence[Sequence[Stored] | Exception]
+    appends: Sequence[Sequence[Stored] | Exception | None]
     refused: Mapping[int, Refusal]
     results: Sequence[object]
     events: Sequence[Record]

@@ -16,7 +16,7 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypeVar
 
 import attrs
@@ -63,15 +63,13 @@ class _Decided:
 
     Attributes:
         committed: what to return once it is durable.
-        entered: the records that entered the log, with their positions.
-        ids: of the events that are stored if it takes place.
+        scheduled: the events that wait for their time if it takes place.
         trace: a statement and its values that find a row if, and only if, it took place; None if nothing was written.
         weight: the pages it has written, roughly.
     """
 
     committed: Committed
-    entered: list[tuple[Record, int]]
-    ids: list[str]
+    scheduled: Sequence[Record]
     trace: tuple[str, tuple[object, ...]] | None
     weight: float
 
@@ -226,7 +224,7 @@ class SQLiteStore:
             raise StoreError(f"{self._address}: a value cannot be stored: {error}; nothing of the batch was") from error
         if self._identity is not None:
             self._identity.check()
-        for record, position in decided.entered:
+        for position, record in enumerate(decided.committed.events, decided.committed.head - len(decided.committed.events) + 1):
             record.position = position
         self._frames += decided.weight * self._frames_per_weight
         return decided.committed
@@ -254,7 +252,8 @@ class SQLiteStore:
             writer = self._connected(self._writer)
             stored = decided.trace is None or writer.execute(*decided.trace).fetchone() is not None
         except (sqlite3.Error, StoreError) as failure:
-            raise PublishOutcomeUnknown(decided.ids) from failure
+            records = (*decided.committed.events, *decided.scheduled)
+            raise PublishOutcomeUnknown([record.id for record in records]) from failure
         if not stored:
             raise store_error(error, self._address) from error
 
@@ -297,20 +296,19 @@ def _decide(connection: sqlite3.Connection, batch: Batch) -> _Decided:
     outcomes.decide(batch.units)
     entering.write(connection, batch.now)
     outcomes.write(connection)
-    entered = commands.promoted + entering.events
+    events = commands.promoted + entering.events
     committed = Committed(
         found.head if previous is None else previous,
         entering.head,
         appends,
         outcomes.refused,
         commands.results,
-        [record for record, _ in entered],
+        events,
         outcomes.conflicts,
     )
-    size = sum([len(record.data) for record, _ in entered])
-    weight = _PAGES_PER_COMMIT + len(entered) / _EVENTS_PER_PAGE + size / _PAGE_BYTES
-    ids = [record.id for record in (*committed.events, *entering.scheduled)]
-    return _Decided(committed, entered, ids, _trace(connection, batch, entering, outcomes), weight)
+    size = sum([len(record.data) for record in events])
+    weight = _PAGES_PER_COMMIT + len(events) / _EVENTS_PER_PAGE + size / _PAGE_BYTES
+    return _Decided(committed, entering.scheduled, _trace(connection, batch, entering, outcomes), weight)
 
 
 def _trace(
@@ -318,8 +316,7 @@ def _trace(
 ) -> tuple[str, tuple[object, ...]] | None:
     """How to tell later whether this transaction took place. One row is enough: it is atomic."""
     if entering.events:
-        record, position = entering.events[-1]
-        return "SELECT 1 FROM events WHERE id = ? AND position = ?", (record.id, position)
+        return "SELECT 1 FROM events WHERE id = ? AND position = ?", (entering.events[-1].id, entering.head)
     if entering.scheduled:
         return "SELECT 1 FROM scheduled WHERE id = ?", (entering.scheduled[-1].id,)
     if outcomes.lanes:

@@ -79,6 +79,17 @@ def death(error: str = "ValueError", **options: Any) -> Death:
     return Death(error, **{**settings, **options})
 
 
+def places_of(committed: Committed, *groups: Sequence[Record]) -> list[list[Stored] | Exception]:
+    """Where the events of each group came to lie, or why the group was left out."""
+    found: list[list[Stored] | Exception] = []
+    for group, places in zip(groups, committed.appends, strict=True):
+        if isinstance(places, Exception):
+            found.append(places)
+        else:
+            found.append([Stored(event.id, event.position) for event in group] if places is None else list(places))
+    return found
+
+
 class ConformanceBase:
     """The store under test, and words to talk to it."""
 
@@ -106,9 +117,9 @@ class ConformanceBase:
 
     def places(self, store: Store, *events: Record) -> list[Stored]:
         """Commit one group that must not conflict; where its events came to lie."""
-        (stored,) = self.append(store, events).appends
+        (stored,) = places_of(self.append(store, events), events)
         assert not isinstance(stored, Exception), stored
-        return list(stored)
+        return stored
 
     def run(self, store: Store, command: Command[T], now: float = NOW) -> T:
         """Commit one command; its result, or its error raised."""

@@ -28,7 +28,7 @@ from eventbus.stores.base import (
     Types,
     Waiting,
 )
-from eventbus.testing._conformance_base import NOW, ConformanceBase, record, records, stored_part
+from eventbus.testing._conformance_base import NOW, ConformanceBase, places_of, record, records, stored_part
 
 
 class Positions(ConformanceBase):
@@ -37,9 +37,10 @@ class Positions(ConformanceBase):
     def test_positions_ascend(self, store: Store) -> None:
         """Events lie in the log in the order in which they were handed in, within a batch and from one to the next."""
         groups = [records(2), records(1), records(3)]
-        first = self.append(store, *groups)
+        first = places_of(self.append(store, *groups), *groups)
         second = self.append(store, records(2))
-        places = [p.position for group in (*first.appends, *second.appends) if not isinstance(group, Exception) for p in group]
+        groups_of_places = [*first, *places_of(second, second.events)]
+        places = [p.position for group in groups_of_places if not isinstance(group, Exception) for p in group]
         assert None not in places
         assert places == sorted(places, key=lambda p: p or 0)
         assert len(set(places)) == len(places)
@@ -288,10 +289,9 @@ class Idempotency(ConformanceBase):
 
     def test_within_a_batch(self, store: Store) -> None:
         """A key counts from the moment it is first used, within a group and within a batch too."""
-        first = record(idempotency_key="k")
-        committed = self.append(store, [first, record(idempotency_key="k")], [record(), record(idempotency_key="k")])
-        groups = [group for group in committed.appends if not isinstance(group, Exception)]
-        assert [[(p.position, p.duplicate) for p in group] for group in groups] == [
+        groups = [record(idempotency_key="k"), record(idempotency_key="k")], [record(), record(idempotency_key="k")]
+        places = [group for group in places_of(self.append(store, *groups), *groups) if not isinstance(group, Exception)]
+        assert [[(p.position, p.duplicate) for p in group] for group in places] == [
             [(1, False), (1, True)],
             [(2, False), (1, True)],
         ]

@@ -31,7 +31,7 @@ from eventbus.stores.base import (
     Unit,
 )
 from eventbus.stores.sqlite import SQLiteStore
-from eventbus.testing._conformance_base import INSTANCE, NOW, record
+from eventbus.testing._conformance_base import INSTANCE, NOW, places_of, record
 
 TYPES = ("a", "b", "c")
 
@@ -179,17 +179,18 @@ def run(store: SQLiteStore, model: Model, step: Step, known: list[str]) -> None:
     committed = store.commit(Batch(NOW, appends, units, commands))
     expected = [model.admit(group) for group in appends]
     refused = {i: why for i, unit in enumerate(units) if (why := model.settle(unit))}
-    _compare(committed, expected, refused, previous, model)
+    _compare(committed, places_of(committed, *appends), expected, refused, previous, model)
 
 
 def _compare(
     committed: Committed,
+    places: list[list[Stored] | Exception],
     expected: list[list[Stored] | None],
     refused: dict[int, Refusal],
     previous: int | None,
     model: Model,
 ) -> None:
-    assert [None if isinstance(group, Exception) else list(group) for group in committed.appends] == expected
+    assert [None if isinstance(group, Exception) else group for group in places] == expected
     assert committed.refused == refused
     assert committed.head == model.head
     assert previous is None or committed.previous_head == previous
