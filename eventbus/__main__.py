@@ -9,9 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from eventbus.cli import demo
+from eventbus.cli import bench, demo
 
-COMMANDS = {"demo": demo}
+COMMANDS = {"bench": bench, "demo": demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

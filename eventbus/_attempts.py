@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any
 
+import attrs
+
 from eventbus._outcomes import ACKED, Acked, Attempt, Failed, Outcome, Undeliverable, current_attempt
 from eventbus.errors import HandlerTimeout, UndecodableEvent, UnknownEventType
 
@@ -22,13 +24,12 @@ class Torn(BaseException):
 def _begin(attempt: Attempt) -> object:
     """Call the handler; in the attempt's context."""
     current_attempt.set(attempt)
-    holder = attempt.lane.holder
-    return holder.options.handler(*holder.arguments(attempt))
+    return attempt.lane.holder.call(attempt)
 
 
 def _end(attempt: Attempt, result: object) -> Outcome:
     """What the handler published and returned; in the attempt's context."""
-    if result is None and not attempt.outbox:
+    if result is None and attempt.outbox is None:
         return ACKED
     published = attempt.lane.holder.published(attempt, result)
     return ACKED if attempt.replaying or not published else Acked(published)
@@ -63,45 +64,44 @@ def run_plain(attempt: Attempt, base: Context) -> Outcome:
         return failed(attempt, error)
 
 
-class Running:
-    """An attempt of an async handler: run to its first suspension by `start`, to its end by awaiting `finish`."""
+@attrs.frozen(eq=False)
+class Suspended:
+    """An attempt of an async handler that waits for something; it is run to its end by awaiting `finish`."""
 
-    __slots__ = ("_attempt", "_context", "_coroutine", "_yielded")
-
-    def __init__(self, attempt: Attempt, base: Context) -> None:
-        self._attempt = attempt
-        self._context = base.copy()
-        self._coroutine: Coroutine[Any, Any, object]
-        self._yielded: object = None
-
-    def start(self) -> Outcome | None:
-        """Run the handler until it first waits for something; None then. Most never do."""
-        run = self._context.run
-        try:
-            awaitable = run(_begin, self._attempt)
-            self._coroutine = awaitable if inspect.iscoroutine(awaitable) else _coroutine_of(awaitable)
-        except BaseException as error:  # noqa: BLE001  # an outcome, whatever it is
-            return failed(self._attempt, error)
-        try:
-            self._yielded = run(self._coroutine.send, None)
-        except StopIteration as stop:
-            return self._end(stop.value)
-        except BaseException as error:  # noqa: BLE001  # an outcome, whatever it is
-            return failed(self._attempt, error)
-        return None
+    _attempt: Attempt
+    _context: Context
+    _coroutine: Coroutine[Any, Any, object]
+    _yielded: object
 
     async def finish(self) -> Outcome:
-        """Run a handler that has suspended to its end.
+        """Run it to its end.
 
         Whatever it raises comes out: the worker alone knows whether a cancellation was its own.
         """
-        return self._end(await _go_on(self._context, self._coroutine, self._yielded))
-
-    def _end(self, result: object) -> Outcome:
+        result = await _go_on(self._context, self._coroutine, self._yielded)
         try:
             return self._context.run(_end, self._attempt, result)
         except Exception as error:  # noqa: BLE001  # a bad event among those returned
             return failed(self._attempt, error)
+
+
+def run_async(attempt: Attempt, base: Context) -> Outcome | Suspended:
+    """Run an async handler until it first waits for something, or to its end. Most never wait."""
+    context = base.copy()
+    try:
+        return context.run(_run_to_first_wait, attempt, context)
+    except BaseException as error:  # noqa: BLE001  # an outcome, whatever it is
+        return failed(attempt, error)
+
+
+def _run_to_first_wait(attempt: Attempt, context: Context) -> Outcome | Suspended:
+    awaitable = _begin(attempt)
+    coroutine = awaitable if isinstance(awaitable, types.CoroutineType) else _coroutine_of(awaitable)
+    try:
+        yielded = coroutine.send(None)
+    except StopIteration as stop:
+        return _end(attempt, stop.value)
+    return Suspended(attempt, context, coroutine, yielded)
 
 
 def _coroutine_of(awaitable: object) -> Coroutine[Any, Any, object]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from eventbus._intake import Budget, Feed, Intake
+from eventbus._intake import Budget, Feed, Intake, runs_by_type
 from eventbus._lanes import Environment, Lane
 from eventbus._loose import HeldSource, LooseSource
 from eventbus._model import Delivery, Draft
@@ -55,6 +55,7 @@ class Serving:
     def __init__(self, dispatcher: Dispatcher, options: Subscription, stored: Subscribed) -> None:
         self._dispatcher = dispatcher
         self.options = options
+        self._takes_event = not options.takes_delivery and not options.takes_envelope
         self.types = self._types_of(stored)
         self.since = dict(stored.since)
         self.paused = stored.paused
@@ -95,13 +96,17 @@ class Serving:
         """The types to read from the log; None: all, and choose among them."""
         return None if any(pattern.endswith("*") for pattern in self.types) else self.types
 
-    def accepts(self, record: Record) -> bool:
-        """Whether this event is for it: its type is, and it lies after the type's start."""
-        start = self._starts.get(record.type)
+    def start_of(self, type: str) -> float:
+        """The position after which events of this type are for it; infinite where they are not."""
+        start = self._starts.get(type)
         if start is None:
-            since = since_of(self.since, record.type) if self.wants(record.type) else None
-            start = self._starts[record.type] = math.inf if since is None else since
-        return record.position > start
+            since = since_of(self.since, type) if self.wants(type) else None
+            start = self._starts[type] = math.inf if since is None else since
+        return start
+
+    def accepts(self, record: Record) -> bool:
+        """Whether this event is for it."""
+        return record.position > self.start_of(record.type)
 
     def retype(self, stored: Subscribed) -> None:
         """A type has joined it."""
@@ -195,7 +200,7 @@ class Serving:
         if name not in self.feeds:
             types = (lane,) if by_type else self.exact_types()
             environment = self._dispatcher.environment
-            self.feeds[name] = Feed(types, self.accepts, environment.reader, environment.timers, self._dispatcher.get_head)
+            self.feeds[name] = Feed(types, self.start_of, environment.reader, environment.timers, self._dispatcher.get_head)
         return self.feeds[name]
 
     # -------------------------------------------------------------- what lanes and workers ask of it
@@ -226,13 +231,6 @@ class Serving:
             lane.close()
         self.redriver.changed()
 
-    def count(self, *, handled: bool) -> None:
-        """An attempt has ended."""
-        if handled:
-            self.handled += 1
-        else:
-            self.failed += 1
-
     def redriven(self, letter: int) -> None:
         """The store knows what became of a redriven dead letter."""
         self.redriver.ended(letter)
@@ -241,17 +239,17 @@ class Serving:
         """A lane gives nothing out for now."""
         self.redriver.changed()
 
-    def arguments(self, attempt: Attempt) -> tuple[object, ...]:
-        """What the handler is called with."""
-        decoder, record = self._dispatcher.decoder, attempt.record
+    def call(self, attempt: Attempt) -> object:
+        """Call the handler with what it takes."""
+        options, record = self.options, attempt.record
+        if self._takes_event and record.event is not None:
+            return options.handler(record.event)
         if record.fault is not None:
             raise UndecodableEvent(record.type, record.version, record.fault)
-        takes_envelope, takes_delivery = self.options.takes_envelope, self.options.takes_delivery
-        if not takes_envelope and not takes_delivery:
-            return (decoder.event(record),)
-        envelope = decoder.envelope(record)
-        event = envelope if takes_envelope else decoder.event(record)
-        return (event, self._delivery(attempt, envelope)) if takes_delivery else (event,)
+        decoder = self._dispatcher.decoder
+        envelope = decoder.envelope(record) if options.takes_envelope or options.takes_delivery else None
+        event = envelope if options.takes_envelope else decoder.event(record)
+        return options.handler(event) if not options.takes_delivery else options.handler(event, self._delivery(attempt, envelope))
 
     def _delivery(self, attempt: Attempt, envelope: object) -> Delivery:
         encoder = self._dispatcher.encoder
@@ -266,7 +264,10 @@ class Serving:
         ) -> None:
             if attempt.over:
                 raise BusNotOpen("this attempt is over; Delivery.publish belongs inside the handler")
-            attempt.outbox.append(encoder.record(event, key=key, idempotency_key=idempotency_key, headers=headers, due=due))
+            record = encoder.record(event, key=key, idempotency_key=idempotency_key, headers=headers, due=due)
+            if attempt.outbox is None:
+                attempt.outbox = []
+            attempt.outbox.append(record)
 
         return Delivery(envelope, attempt.number, self.options.name, attempt.replaying, publish)  # type: ignore[arg-type]
 
@@ -286,7 +287,7 @@ class Serving:
                     f"the handler of {self.options.name!r} returned {event!r:.80}; "
                     "return None, an event, or a list of events or Drafts"
                 )
-        return [*attempt.outbox, *encoder.records(list(returned))]
+        return [*(attempt.outbox or ()), *encoder.records(list(returned))]
 
 
 def lanes_wanted(
@@ -346,13 +347,10 @@ class Dispatcher:
             return
         self.head = committed.head
         self.published += len(committed.events)
-        routes = self._routes
-        for record in committed.events:
-            feeds = routes.get(record.type)
-            if feeds is None:
-                feeds = self._route(record.type)
-            for feed in feeds:
-                feed.offer(record)
+        for type, records in runs_by_type(committed.events):
+            feeds = self._routes.get(type)
+            for feed in self._route(type) if feeds is None else feeds:
+                feed.offer(type, records)
         if self.promotions:
             self.tell_promoted(record.id for record in committed.events)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from eventbus.stores.base import Events, Page, Record, lane_of_slot
@@ -40,28 +40,25 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._used = 0
+        self.used = 0
+        """Bytes that wait."""
         self._by_use: OrderedDict[Intake, None] = OrderedDict()
 
-    def has_room(self, intake: Intake) -> bool:
-        """Whether an intake may hold more."""
-        return intake.bytes < self._limit // 2
+    def has_room(self, intake: Intake, size: int = 1) -> bool:
+        """Whether an intake may hold so much more."""
+        return intake.bytes + size <= self._limit // 2
 
     def add(self, intake: Intake, size: int) -> None:
         """An event has come to wait in an intake."""
-        self._used += size
+        self.used += size
         self._by_use[intake] = None
-        while self._used > self._limit and len(self._by_use) > 1:
+        while self.used > self._limit and len(self._by_use) > 1:
             oldest = next(iter(self._by_use))
             if oldest is intake:
                 self._by_use.move_to_end(intake)
             else:
                 del self._by_use[oldest]
                 oldest.forget()
-
-    def remove(self, size: int) -> None:
-        """An event waits no more."""
-        self._used -= size
 
     def touch(self, intake: Intake) -> None:
         """A lane is being served."""
@@ -90,15 +87,26 @@ class Intake:
         """Whether it may be given another event."""
         return len(self._queue) < QUEUE and self._budget.has_room(self)
 
-    def offer(self, record: Record) -> bool:
-        """Take an event that comes after all taken so far; False if there is no room."""
-        if not self.has_room():
-            return False
-        self.taken = record.position
-        self._queue.append(record)
-        self._grow(len(record.data) + RECORD_OVERHEAD)
-        self._wake()
+    def offer(self, records: Sequence[Record]) -> bool:
+        """Take events that come after all taken so far, as many as there is room for; False if some were left."""
+        size = sum([len(record.data) for record in records]) + RECORD_OVERHEAD * len(records)
+        if len(self._queue) + len(records) > QUEUE or not self._budget.has_room(self, size):
+            return self._offer_singly(records)
+        self._take_in(records, size)
         return True
+
+    def _offer_singly(self, records: Sequence[Record]) -> bool:
+        for record in records:
+            if not self.has_room():
+                return False
+            self._take_in((record,), len(record.data) + RECORD_OVERHEAD)
+        return True
+
+    def _take_in(self, records: Sequence[Record], size: int) -> None:
+        self.taken = records[-1].position
+        self._queue.extend(records)
+        self._grow(size)
+        self._wake()
 
     def pop(self) -> Record | None:
         """The next event, or None: then more is on its way, or there is none."""
@@ -110,7 +118,7 @@ class Intake:
         record = queue.popleft()
         size = len(record.data) + RECORD_OVERHEAD
         self.bytes -= size
-        self._budget.remove(size)
+        self._budget.used -= size
         return record
 
     def put_back(self, record: Record) -> None:
@@ -139,7 +147,7 @@ class Intake:
         if self._queue:
             self.taken = self._queue[0].position - 1  # a bound below the first event that is dropped
             self._queue.clear()
-            self._budget.remove(self.bytes)
+            self._budget.used -= self.bytes
             self.bytes = 0
             self.live = False
             self.forgotten += 1
@@ -162,20 +170,20 @@ class Feed:
 
     Args:
         types: exact names of the types to read, None for all of them.
-        accepts: whether an event that was read, or announced, is for this feed.
+        start_of: the position after which events of a type are for this feed; infinite where they are not.
         head: the last position that was announced.
     """
 
     def __init__(
         self,
         types: tuple[str, ...] | None,
-        accepts: Callable[[Record], bool],
+        start_of: Callable[[str], float],
         reader: Reader,
         timers: Timers,
         head: Callable[[], int],
     ) -> None:
         self.types = types
-        self._accepts = accepts
+        self._start_of = start_of
         self._reader = reader
         self._timers = timers
         self.head = head
@@ -189,10 +197,24 @@ class Feed:
         intakes = self.intakes
         return intakes[0] if len(intakes) == 1 else intakes[lane_of_slot(record.slot, len(intakes))]
 
-    def offer(self, record: Record) -> None:
-        """An event has been committed and is next in the log."""
-        intake = self.of(record)
-        if intake.live and record.position > intake.taken and self._accepts(record) and not intake.offer(record):
+    def offer(self, type: str, records: Sequence[Record]) -> None:
+        """Events of one type have been committed and are next in the log."""
+        if len(self.intakes) == 1:
+            self._offer(self.intakes[0], type, records)
+            return
+        by_intake: dict[Intake, list[Record]] = {}
+        for record in records:
+            by_intake.setdefault(self.of(record), []).append(record)
+        for intake, some in by_intake.items():
+            self._offer(intake, type, some)
+
+    def _offer(self, intake: Intake, type: str, records: Sequence[Record]) -> None:
+        if not intake.live:
+            return
+        after = max(intake.taken, self._start_of(type))
+        if records[0].position <= after:
+            records = [record for record in records if record.position > after]
+        if records and not intake.offer(records):
             intake.live = False
 
     def fall_behind(self) -> None:
@@ -230,17 +252,30 @@ class Feed:
             self._timers.after(READ_AGAIN, self.read)
             return
         # An intake takes part if the page begins at or before the place that it has reached.
-        behind = {i for i in self.intakes if not i.live and i.taken >= after and i.forgotten == forgotten.get(i)}
-        for record in page.records:
-            intake = self.of(record)
-            if intake not in behind or record.position <= intake.taken or not self._accepts(record):
-                continue
-            # What is offered to one lane may make another forget what it has got of this very page.
-            if intake.forgotten != forgotten[intake] or not intake.offer(record):
-                behind.discard(intake)
-        for intake in behind:
-            if intake.forgotten == forgotten[intake]:
+        behind: dict[Intake, list[Record]] = {
+            i: [] for i in self.intakes if not i.live and i.taken >= after and i.forgotten == forgotten.get(i)
+        }
+        self._sort(page.records, behind)
+        for intake, records in behind.items():
+            # What is offered to one lane may make another forget what it has.
+            if intake.forgotten == forgotten[intake] and (not records or intake.offer(records)):
                 intake.taken = max(intake.taken, page.up_to)
                 intake.live = page.up_to >= self.head()
                 intake.moved()
         self.read()
+
+    def _sort(self, records: Sequence[Record], behind: dict[Intake, list[Record]]) -> None:
+        """Give the records of a page to the intakes that take part and want them."""
+        for record in records:
+            intake = self.of(record)
+            if intake in behind and record.position > intake.taken and record.position > self._start_of(record.type):
+                behind[intake].append(record)
+
+
+def runs_by_type(records: Sequence[Record]) -> Iterator[tuple[str, Sequence[Record]]]:
+    """Records in their order, cut where the type changes."""
+    start = 0
+    for end in range(1, len(records) + 1):
+        if end == len(records) or records[end].type != records[start].type:
+            yield records[start].type, records if end - start == len(records) else records[start:end]
+            start = end

@@ -101,6 +101,7 @@ class Holder(Protocol):
         paused: the reason, or None.
         rewinding: its lanes are being set back, so their units may be refused.
         stuck: threads that have outlived their timeout. workers: how many serve it. delayed: lanes that wait for one of them.
+        handled, failed: attempts that have ended so.
     """
 
     options: Subscription
@@ -109,6 +110,8 @@ class Holder(Protocol):
     stuck: int
     workers: int
     delayed: list[Lane]
+    handled: int
+    failed: int
 
     @property
     def halted(self) -> bool:
@@ -117,20 +120,18 @@ class Holder(Protocol):
     def pause(self, reason: str) -> None:
         """Stop giving out deliveries; the lane has stored the reason."""
 
-    def count(self, *, handled: bool) -> None:
-        """An attempt has ended."""
-
     def redriven(self, letter: int) -> None:
         """The store knows what became of a redriven dead letter."""
 
     def hindered(self) -> None:
         """A lane gives nothing out for now."""
 
-    def arguments(self, attempt: Attempt) -> tuple[object, ...]:
-        """What the handler is called with. From any thread.
+    def call(self, attempt: Attempt) -> object:
+        """Call the handler with what it takes. From any thread.
 
         Raises:
             UnknownEventType, UndecodableEvent: the event cannot be decoded.
+            BaseException: whatever the handler raises.
         """
 
     def published(self, attempt: Attempt, result: object) -> Sequence[Record]:
@@ -245,6 +246,8 @@ class Lane:
 
     def _next(self) -> Attempt | None:
         sources = self.sources
+        if len(sources) == 1:
+            return sources[0].take()
         for _ in range(len(sources)):
             self._turn = (self._turn + 1) % len(sources)
             attempt = sources[self._turn].take()
@@ -261,10 +264,10 @@ class Lane:
         if attempt.epoch != self.epoch and attempt.source not in self.sources:
             return  # the lane was rewound meanwhile: the event comes again
         if isinstance(outcome, Acked):
-            self.holder.count(handled=True)
+            self.holder.handled += 1
             attempt.source.acked(attempt, outcome.published)
         elif isinstance(outcome, Failed):
-            self.holder.count(handled=False)
+            self.holder.failed += 1
             attempt.source.failed(self._failure(attempt, outcome))
         else:
             attempt.source.given_back(attempt)

@@ -54,8 +54,9 @@ class Loop(Protocol):
     def check(self) -> None:
         """Raise `WrongLoop` unless called from a task of this loop."""
 
-    def has_cancelled_itself(self) -> bool:
-        """Whether this task was cancelled other than by a cancel scope, which none of ours outlives: by what it ran."""
+    def self_cancelled(self) -> Callable[[], int]:
+        """A function that says whether this task was cancelled other than by a cancel scope, which none of ours outlives: by what
+        it ran."""
 
     async def forget_cancellation(self) -> None:
         """Go on as if it had not been. Within a shielded scope."""
@@ -80,6 +81,10 @@ def undisturbed(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Co
 
         return trio.lowlevel.enable_ki_protection(function)
     return function
+
+
+def _never() -> int:
+    return 0
 
 
 def _wrong_loop() -> WrongLoop:
@@ -139,9 +144,9 @@ class _Asyncio:
         if running is not self._loop:
             raise _wrong_loop()
 
-    def has_cancelled_itself(self) -> bool:
+    def self_cancelled(self) -> Callable[[], int]:
         task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
+        return _never if task is None else task.cancelling
 
     async def forget_cancellation(self) -> None:
         task = asyncio.current_task()
@@ -216,8 +221,8 @@ class _Trio:
         if token is not self._token:
             raise _wrong_loop()
 
-    def has_cancelled_itself(self) -> bool:
-        return False  # only scopes cancel
+    def self_cancelled(self) -> Callable[[], int]:
+        return _never  # only scopes cancel
 
     async def forget_cancellation(self) -> None:
         pass

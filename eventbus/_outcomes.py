@@ -32,7 +32,7 @@ class Attempt:
     Attributes:
         number: counted from 1.
         item: what the source knows this delivery by, where the record does not say it.
-        outbox: events that the attempt wants published with its ack.
+        outbox: events that the attempt wants published with its ack; None while there are none.
         over: its outcome stands; whatever it still does is too late.
         epoch: the lane's, when it was given out.
     """
@@ -43,7 +43,7 @@ class Attempt:
     number: int
     item: object = None
     replaying: bool = False
-    outbox: list[Record] = attrs.field(factory=list)
+    outbox: list[Record] | None = None
     over: bool = False
     epoch: int = 0
 

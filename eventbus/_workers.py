@@ -17,7 +17,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from eventbus._attempts import Running, Torn, failed, timed_out
+from eventbus._attempts import Suspended, Torn, failed, run_async, timed_out
 from eventbus._lanes import Environment, Lane
 from eventbus._loop import context_for_threads, undisturbed
 from eventbus._outcomes import RELEASED, Attempt, Failed, Outcome
@@ -217,10 +217,11 @@ class _Task:
 
     async def _serve(self, lane: Lane) -> None:
         self._timed_out = False
+        self_cancelled = self._environment.loop.self_cancelled()
         with anyio.CancelScope(shield=True) as scope:
             self._scope = scope
             try:
-                await self._run_quantum(lane)
+                await self._run_quantum(lane, scope, self_cancelled)
             finally:
                 self._scope = None
                 self._deadline = math.inf
@@ -230,36 +231,35 @@ class _Task:
             lane.settle(attempt, Failed(timed_out(attempt)) if self._timed_out else RELEASED)
             lane.wake()
         lane.flush()
-        if self._environment.loop.has_cancelled_itself():
+        if self_cancelled():
             with anyio.CancelScope(shield=True):
                 await self._environment.loop.forget_cancellation()
 
-    async def _run_quantum(self, lane: Lane) -> None:
+    async def _run_quantum(self, lane: Lane, scope: anyio.CancelScope, self_cancelled: Callable[[], int]) -> None:
         lane.log.intake.touch()
-        clock, loop = self._environment.clock, self._environment.loop
-        plain = not lane.holder.options.is_async
-        end = clock.monotonic() + QUANTUM
+        monotonic, context = self._environment.clock.monotonic, self._pool.context
+        is_async = lane.holder.options.is_async
+        end = monotonic() + QUANTUM
         while not self._pool.stopping:
             attempt = lane.take()
             if attempt is None:
                 return
             self._attempt = attempt
-            if plain:
-                await self._cross(lane, attempt)
-            else:
-                running = Running(attempt, self._pool.context)
-                outcome = running.start()
-                if outcome is None:
-                    outcome = await self._finish(lane, attempt, running)
+            if is_async:
+                outcome = run_async(attempt, context)
+                if isinstance(outcome, Suspended):
+                    outcome = await self._finish(lane, attempt, outcome)
                 lane.settle(attempt, outcome)
                 if isinstance(outcome, Failed) and isinstance(outcome.error, (SystemExit, KeyboardInterrupt)):
                     self._pool.on_exit(outcome.error)
+            else:
+                await self._cross(lane, attempt)
             self._attempt = None
-            if clock.monotonic() >= end or loop.has_cancelled_itself() or (self._scope and self._scope.cancel_called):
+            if monotonic() >= end or self_cancelled() or scope.cancel_called:
                 lane.wake()
                 return
 
-    async def _finish(self, lane: Lane, attempt: Attempt, running: Running) -> Outcome:
+    async def _finish(self, lane: Lane, attempt: Attempt, suspended: Suspended) -> Outcome:
         """The handler waits for something: what was settled before goes out, others may serve the lane, the watch is set."""
         lane.flush()
         lane.wake()
@@ -268,7 +268,7 @@ class _Task:
             self._deadline = self._environment.clock.monotonic() + timeout
             self._pool.watch(self._deadline)
         try:
-            outcome = await running.finish()
+            outcome = await suspended.finish()
             # A handler that swallows its cancellation has failed all the same.
             return Failed(timed_out(attempt)) if self._timed_out else outcome
         except Torn:

@@ -138,12 +138,12 @@ async def test_bytes_that_wait_are_bounded(db: str) -> None:
         budget = bus._running.dispatcher.budget
         for start in range(0, 60, 10):
             await bus.publish_many([Placed(start + n, "x" * 1_000_000) for n in range(10)])
-            assert budget._used <= WAITING_BYTES
+            assert budget.used <= WAITING_BYTES
         gate.set()
         assert await seen.wait_for(60)
         assert await bus.drain(timeout=10) == {}
         assert sorted(seen.seen) == list(range(60))
-        assert budget._used == 0
+        assert budget.used == 0
 
 
 async def test_a_flood_of_publishers() -> None:
