@@ -1,6 +1,7 @@
 """One transaction of the SQLite store, inside its BEGIN IMMEDIATE: look, decide, write.
 
-publish → journal → *store* → lanes → workers → outcome. In comes a batch; one SELECT brings all that has to be known to decide
+publish → journal → *store* → lanes → workers → outcome. In comes a batch. One that only appends is a single statement, which is a
+transaction by itself, so that the thread gives up the GIL once for all of it. For any other one SELECT brings all that has to be known to decide
 it, as one row; what is decided in Python goes out in few statements of many rows. Each statement that a thread of ours
 runs may cost 5 ms of waiting for the GIL beside a busy event loop: so their number does not depend on the size of the batch
 (up to 512 events), and what has nothing to do is left out.
@@ -21,6 +22,7 @@ from eventbus.stores._sqlite_rows import (
     INSERT_EVENTS,
     INSERT_SCHEDULED,
     LANE_JSON,
+    ROWS,
     LaneRow,
     Value,
     decode,
@@ -241,11 +243,36 @@ class Entering:
 def insert_events(connection: sqlite3.Connection, events: Sequence[Record], first: int) -> None:
     """Write events at positions that follow upon each other, from the one given."""
     for some in _by_bytes(events):
-        positions = range(first, first + len(some))
-        values = event_values(some, positions)
-        rows = [(position, record.id, *row) for position, record, row in zip(positions, some, values, strict=True)]
-        execute_rows(connection, INSERT_EVENTS, rows)
+        execute_rows(connection, INSERT_EVENTS, _rows(some, first))
         first += len(some)
+
+
+def _rows(events: Sequence[Record], first: int) -> list[tuple[Value, ...]]:
+    positions = range(first, first + len(events))
+    values = event_values(events, positions)
+    return [(position, record.id, *row) for position, record, row in zip(positions, events, values, strict=True)]
+
+
+def only_appended(batch: Batch) -> list[Record] | None:
+    """The events of a batch that does no more than append them, and does so in one statement; None of any other batch."""
+    if batch.units or batch.commands:
+        return None
+    records = [record for group in batch.appends for record in group]
+    if not 0 < len(records) <= ROWS or sum([len(record.data) for record in records]) > _STATEMENT_BYTES:
+        return None
+    for record in records:
+        if record.idempotency_key is not None or record.due_at is not None:
+            return None
+    return records
+
+
+def append_after(connection: sqlite3.Connection, head: int, records: Sequence[Record]) -> bool:
+    """Write events after the head of the log, in a transaction that is this one statement.
+
+    If the head is not the one given, since another connection has written, nothing is written; False then.
+    """
+    at_head = "AND (SELECT seq FROM sqlite_sequence WHERE name = 'events') IS ?"
+    return bool(execute_rows(connection, INSERT_EVENTS, _rows(records, head + 1), at_head, last=(head or None,)))
 
 
 def insert_scheduled(connection: sqlite3.Connection, records: Sequence[Record]) -> None:

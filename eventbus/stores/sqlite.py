@@ -29,7 +29,7 @@ from eventbus.errors import (
     StoreUnavailable,
 )
 from eventbus.stores._sqlite_commands import Commands
-from eventbus.stores._sqlite_commit import HEAD, Entering, look
+from eventbus.stores._sqlite_commit import HEAD, Entering, append_after, look, only_appended
 from eventbus.stores._sqlite_connection import (
     MEMORY,
     Transaction,
@@ -103,6 +103,7 @@ class SQLiteStore:
         # The writer closes and opens the reader's connection after an I/O error; never while a query runs on it.
         self._reading = threading.Lock()
         self._suspect = False
+        self._head: int | None = None  # of the log, after our last transaction; None if it has to be looked up
         self._frames = 0.0
         self._frames_per_weight = 1.0
 
@@ -207,13 +208,18 @@ class SQLiteStore:
         if self._suspect:
             self._reopen()
         writer = self._connected(self._writer)
+        head, self._head = self._head, None
         decided: _Decided | None = None
         state = Transaction()
         try:
             if self._frames > WAL_PAGES:
                 self._carry_over(writer)
-            with transaction(writer) as state:
-                decided = _decide(writer, batch)
+            decided = _appended(batch, head)
+            state.committing = decided is not None  # the whole transaction is one statement
+            if decided is None or not append_after(writer, decided.committed.previous_head, decided.committed.events):
+                decided = None
+                with transaction(writer) as state:
+                    decided = _decide(writer, batch)
         except sqlite3.Error as error:
             if decided is None or not state.committing or not is_io_error(error):
                 # Before COMMIT nothing can have been stored. The connection may be in any state after an I/O error.
@@ -226,6 +232,7 @@ class SQLiteStore:
             self._identity.check()
         for position, record in enumerate(decided.committed.events, decided.committed.head - len(decided.committed.events) + 1):
             record.position = position
+        self._head = decided.committed.head
         self._frames += decided.weight * self._frames_per_weight
         return decided.committed
 
@@ -306,9 +313,26 @@ def _decide(connection: sqlite3.Connection, batch: Batch) -> _Decided:
         events,
         outcomes.conflicts,
     )
+    return _Decided(committed, entering.scheduled, _trace(connection, batch, entering, outcomes), _weight(events))
+
+
+def _appended(batch: Batch, head: int | None) -> _Decided | None:
+    """What becomes of a batch that only appends events after a head that is known; None of any other."""
+    records = None if head is None else only_appended(batch)
+    if head is None or not records:
+        return None
+    last = head + len(records)
+    committed = Committed(head, last, [None] * len(batch.appends), {}, (), records)
+    return _Decided(committed, (), _trace_of(records[-1], last), _weight(records))
+
+
+def _weight(events: Sequence[Record]) -> float:
     size = sum([len(record.data) for record in events])
-    weight = _PAGES_PER_COMMIT + len(events) / _EVENTS_PER_PAGE + size / _PAGE_BYTES
-    return _Decided(committed, entering.scheduled, _trace(connection, batch, entering, outcomes), weight)
+    return _PAGES_PER_COMMIT + len(events) / _EVENTS_PER_PAGE + size / _PAGE_BYTES
+
+
+def _trace_of(event: Record, position: int) -> tuple[str, tuple[object, ...]]:
+    return "SELECT 1 FROM events WHERE id = ? AND position = ?", (event.id, position)
 
 
 def _trace(
@@ -316,7 +340,7 @@ def _trace(
 ) -> tuple[str, tuple[object, ...]] | None:
     """How to tell later whether this transaction took place. One row is enough: it is atomic."""
     if entering.events:
-        return "SELECT 1 FROM events WHERE id = ? AND position = ?", (entering.events[-1].id, entering.head)
+        return _trace_of(entering.events[-1], entering.head)
     if entering.scheduled:
         return "SELECT 1 FROM scheduled WHERE id = ?", (entering.scheduled[-1].id,)
     if outcomes.lanes:

@@ -81,7 +81,7 @@ def test_steps_of_a_commit(store: SQLiteStore, count: int) -> None:
     states = lane(store, count)
     with traced(store._writer) as statements:
         store.commit(Batch(NOW, appends=[records(count)]))
-    assert statements == ["BEGIN", "SELECT", "INSERT", "COMMIT"]
+    assert statements == ["INSERT"]
     units = [Unit("mailer", state.lane, 1, "log", 1, 1) for state in states]
     with traced(store._writer) as statements:
         store.commit(Batch(NOW, appends=[[event] for event in records(count)], units=units))
@@ -89,6 +89,26 @@ def test_steps_of_a_commit(store: SQLiteStore, count: int) -> None:
     with traced(store._writer) as statements:
         store.commit(Batch(NOW, appends=[[record(idempotency_key=f"k{i}") for i in range(count)]]))
     assert statements == ["BEGIN", "SELECT", "INSERT", "INSERT", "COMMIT"]
+
+
+def test_a_head_that_another_connection_has_moved(store: SQLiteStore, path: Path) -> None:
+    """Events come after those that somebody else has put into the log, or removed from it, meanwhile."""
+    store.commit(Batch(NOW, appends=[records(2)]))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("INSERT INTO events SELECT 7, 'an-id', " + _REST + " FROM events WHERE position = 1")
+        other.execute("DELETE FROM events WHERE position = 7")
+    with traced(store._writer) as statements:
+        committed = store.commit(Batch(NOW, appends=[records(1), records(2)]))
+    assert statements == ["INSERT", "BEGIN", "SELECT", "INSERT", "COMMIT"]
+    assert (committed.previous_head, committed.head) == (7, 10)
+    assert [r.position for r in committed.events] == [8, 9, 10]
+    assert [r.position for r in store.read(Events(0, 10, 10_000)).records] == [1, 2, 8, 9, 10]
+    with traced(store._writer) as statements:
+        store.commit(Batch(NOW, appends=[records(1)]))
+    assert statements == ["INSERT"]
+
+
+_REST = "type, version, time, key, slot, headers, content_type, size, crc, data"
 
 
 def test_any_number_of_events(store: SQLiteStore) -> None:
@@ -330,6 +350,11 @@ def _append(store: SQLiteStore) -> Batch:
     return Batch(NOW, appends=[records(2)])
 
 
+def _append_alone(store: SQLiteStore) -> Batch:
+    store.commit(Batch(NOW, appends=[records(1)]))
+    return _append(store)
+
+
 def _schedule(store: SQLiteStore) -> Batch:
     return Batch(NOW, appends=[[record(due_at=NOW + 1)]])
 
@@ -348,26 +373,27 @@ def _content(store: SQLiteStore) -> list[object]:
     return [store.read(LogState()), [state.checkpoint for state in lanes], store.read(Subscriptions())]
 
 
-@pytest.mark.parametrize("make", [_append, _schedule, _ack, _command])
+@pytest.mark.parametrize("make", [_append, _append_alone, _schedule, _ack, _command])
 def test_a_commit_that_took_place(store: SQLiteStore, make: Callable[[SQLiteStore], Batch]) -> None:
     """A commit that raised but took place is found, and reported as done."""
     batch = make(store)
-    fail(store, "COMMIT", done=True)
+    head = store.read(LogState()).head
+    fail(store, "INSERT INTO events" if make is _append_alone else "COMMIT", done=True)
     committed = store.commit(batch)
     assert all(not isinstance(group, Exception) for group in committed.appends)
-    assert [r.position for r in committed.events] == list(range(1, len(committed.events) + 1))
+    assert [r.position for r in committed.events] == list(range(head + 1, committed.head + 1))
     before = _content(store)
     store.close()
     store.open(INSTANCE)
     assert _content(store) == before
 
 
-@pytest.mark.parametrize("make", [_append, _schedule, _ack, _command])
+@pytest.mark.parametrize("make", [_append, _append_alone, _schedule, _ack, _command])
 def test_a_commit_that_did_not(store: SQLiteStore, make: Callable[[SQLiteStore], Batch]) -> None:
     """A commit that raised and did not take place is reported as not stored, and can be made again."""
     batch = make(store)
     before = _content(store)
-    fail(store, "COMMIT", done=False)
+    fail(store, "INSERT INTO events" if make is _append_alone else "COMMIT", done=False)
     with pytest.raises(StoreUnavailable, match="SQLITE_IOERR_FSYNC"):
         store.commit(batch)
     assert _content(store) == before

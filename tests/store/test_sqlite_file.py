@@ -309,9 +309,11 @@ def test_a_forked_child(tmp_path: Path) -> None:
     """A child neither writes through its parent's store nor keeps the file locked."""
     with opened(tmp_path / "a.db") as store:
         gone, release = os.pipe()
+        begun, begin = os.pipe()
         child = os.fork()
         if not child:
             os.close(release)
+            os.write(begin, b"!")
             code = 1
             with contextlib.suppress(BaseException):
                 store.commit(Batch(NOW, appends=[records(1)]))
@@ -323,12 +325,14 @@ def test_a_forked_child(tmp_path: Path) -> None:
                 code = 0
             os.read(gone, 1)  # until the parent closes it
             os._exit(code)
+        os.read(begun, 1)  # what a fork runs in the child first has been run
     with opened(tmp_path / "a.db") as again:
         os.close(release)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == 0
         assert again.read(LogState()).head == 0
-    os.close(gone)
+    for descriptor in (gone, begun, begin):
+        os.close(descriptor)
 
 
 # ------------------------------------------------------------------ files that go away
