@@ -17,6 +17,7 @@ import attrs
 from eventbus._outcomes import ACKED, Acked, Attempt, Failed, Outcome, Undeliverable, current_attempt
 from eventbus.errors import HandlerTimeout, UndecodableEvent, UnknownEventType
 
+
 class Torn(BaseException):
     """The event loop was closed under a running attempt: there is nobody left to tell."""
 

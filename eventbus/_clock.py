@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Protocol
 
+
 class Clock(Protocol):
     """Where the bus takes the time from."""
 

@@ -204,9 +204,7 @@ def _due(due: object, now: float, kind: EventType) -> float:
     raise InvalidEvent(kind.name, "due", f"must be an aware datetime or a timedelta, not {due!r:.80}")
 
 
-def _headers(
-    parent: Attempt | None, added: Mapping[str, str], own: Mapping[str, str] | None, kind: EventType
-) -> str | None:
+def _headers(parent: Attempt | None, added: Mapping[str, str], own: Mapping[str, str] | None, kind: EventType) -> str | None:
     if own is not None and not isinstance(own, Mapping):
         raise InvalidEvent(kind.name, "headers", f"must be a mapping of text to text, not {own!r:.80}")
     values: dict[str, str] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -37,7 +38,10 @@ T = TypeVar("T")
 _log = logging.getLogger("eventbus")
 
 OUTCOME_INTERVAL = 0.020
-"""Seconds between commits that carry outcomes alone."""
+"""Seconds between commits that carry outcomes, unless somebody waits for them: an append alone is a cheaper transaction."""
+
+GIVE_WAY = 0.001
+"""Seconds for which the loop gives way to the writer's thread, at most."""
 
 RETRY_INTERVAL = 0.5
 """Seconds after which outcomes that could not be written are tried again, if nothing else is."""
@@ -90,7 +94,8 @@ class _Pending:
     units: list[tuple[Settling, Unit, int]] = attrs.field(factory=list)
     last: dict[tuple[str, str], int] = attrs.field(factory=dict)  # index in units of each lane's newest, for coalescing
     jobs: list[Callable[[], object]] = attrs.field(factory=list)
-    urgent: bool = False
+    urgent: bool = False  # outcomes go at once
+    rides: bool = False  # … or with whatever else is next
 
 
 def _plain(unit: Unit) -> bool:
@@ -105,6 +110,22 @@ def _plain(unit: Unit) -> bool:
     )
 
 
+class _Gate:
+    """Something that one thread waits at and another opens, once for each time. A `Condition` makes a lock for each wait."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def open(self) -> None:
+        """Let the one that waits, or comes next, pass; then it is closed again."""
+        self._lock.release()
+
+    def wait(self, seconds: float = math.inf) -> bool:
+        """Pass when it is open; False if it was not for so long."""
+        return self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX) if seconds < math.inf else -1)
+
+
 class Journal:
     """Runs the store's `open`, `commit` and `close` in a thread of its own."""
 
@@ -113,13 +134,19 @@ class Journal:
         self._loop = loop
         self._clock = clock
         self._max_pending = max_pending
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
         self._pending = _Pending()
+        self._bell = _Gate()
+        self._asleep = False  # the thread waits for the bell
+        self._dozing = False  # … or for the time at which outcomes are due
+        self._at_work = False  # it has taken something, and the store has it
+        self._door = _Gate()
+        self._giving_way = False  # the loop waits for it to come
         self._size = 0  # records handed in and not decided yet
         self._room: collections.deque[tuple[int, Waiter]] = collections.deque()
         self._closing = False
         self._halted = False
-        self._last_commit = 0.0
+        self._outcomes_taken = 0.0
         self._retry_at = 0.0
         self._crash: EventBusError | None = None
         self.listener: Listener | None = None
@@ -143,12 +170,15 @@ class Journal:
         not stored; after that, it is raised once the group is decided.
         """
         await checkpoint_if_cancelled()
-        await self._admit(len(records))
+        if self._room or not self.is_open or not self._has_room(len(records)):
+            await self._admit(len(records))
+        else:
+            self._size += len(records)
         waiter = self._loop.waiter()
         ticket = _Ticket(waiter.set, records)
-        with self._condition:
+        with self._lock:
             self._pending.appends.append(ticket)
-            self._condition.notify()
+            self._ring()
         await waiter.wait_decided()
         if isinstance(ticket.result, Exception):
             raise ticket.result
@@ -156,6 +186,7 @@ class Journal:
 
     async def written(self) -> None:
         """Wait until the outcomes that were handed in before are written."""
+        self.flush()
         await self.append(())
 
     async def command(self, command: Command[T]) -> T:
@@ -178,15 +209,15 @@ class Journal:
     def _submit(self, command: Command[T], decided: Callable[[], object], *, kept: bool = False) -> _Ticket:
         self._check()
         ticket = _Ticket(decided, command=cast("Command[object]", command), kept=kept)
-        with self._condition:
+        with self._lock:
             self._pending.commands.append(ticket)
-            self._condition.notify()
+            self._ring()
         return ticket
 
     def settle(self, lane: Settling, unit: Unit, serial: int) -> None:
         """Write an outcome, with the next commit; `lane.confirmed` tells what became of it."""
         key = (unit.subscription, unit.lane)
-        with self._condition:
+        with self._lock:
             pending = self._pending
             last = pending.last.get(key)
             if last is not None and _plain(unit) and _plain(pending.units[last][1]):
@@ -194,27 +225,56 @@ class Journal:
             else:
                 pending.last[key] = len(pending.units)
                 pending.units.append((lane, unit, serial))
-            self._condition.notify()
+            if unit.published:
+                pending.urgent = True
+            elif not pending.rides and not _plain(unit):
+                pending.rides = True
+            if pending.urgent or not self._dozing:
+                self._ring()
 
     def flush(self) -> None:
         """Do not make outcomes wait for the interval: somebody waits for them."""
-        with self._condition:
+        with self._lock:
             self._pending.urgent = True
-            self._condition.notify()
+            if self._pending.units:
+                self._ring()
 
     def job(self, job: Callable[[], object]) -> None:
         """Run a function between two transactions. It must not raise."""
-        with self._condition:
+        with self._lock:
             self._pending.jobs.append(job)
-            self._condition.notify()
+            self._ring()
 
     def close(self) -> None:
         """Commit what is pending, then end the thread's `run`."""
-        with self._condition:
+        with self._lock:
             self._closing = True
-            self._condition.notify()
+            self._ring()
         for _, waiter in self._room:
             waiter.set()
+
+    def give_way(self) -> None:
+        """Before much is done on the loop: let the writer's thread come to its work, if there is some.
+
+        It could not begin before the loop has nothing to do, or before CPython's switch interval is over (5 ms), since the loop
+        would hold the GIL. It holds the GIL itself for a moment, then not while the disk works; so both work at once.
+        """
+        with self._lock:
+            if self._at_work or not self._pending.appends:
+                return
+            self._giving_way = True
+        if not self._door.wait(GIVE_WAY):
+            with self._lock:
+                if self._giving_way:
+                    self._giving_way = False
+                else:
+                    self._door.wait()  # it has come in between
+
+    def _ring(self) -> None:
+        """Wake the thread, if it sleeps. With the lock held."""
+        if self._asleep:
+            self._asleep = self._dozing = False
+            self._bell.open()
 
     def _check(self) -> None:
         if self._crash is not None:
@@ -250,38 +310,70 @@ class Journal:
         """Commit what is pending, again and again, until closed. The job of the writer's thread."""
         while (pending := self._take()) is not None:
             if pending.appends or pending.commands or pending.units:
-                try:
-                    committed = self._store.commit(self._batch(pending))
-                except EventBusError as error:
-                    self._put_back(pending, error)
-                    self._post(self._on_failed, pending, error)
-                except BaseException as error:  # noqa: BLE001  # a fault of ours or the store's: nobody may wait for ever
-                    wrapped = PublishOutcomeUnknown([record.id for ticket in pending.appends for record in ticket.records])
-                    wrapped.__cause__ = error
-                    self._post(self._on_failed, pending, wrapped, StoreError(f"the store failed unexpectedly: {error!r}"))
-                else:
-                    self._last_commit = self._clock.monotonic()
-                    self._post(self._on_committed, pending, committed)
+                told = self._commit(pending)
+                self._at_work = False
+                self._post(*told)
             for job in pending.jobs:
                 job()
+            self._at_work = False
+
+    def _commit(self, pending: _Pending) -> tuple[Callable[..., None], *tuple[object, ...]]:
+        """Commit, and return what the loop is to call, and with what."""
+        try:
+            return self._on_committed, pending, self._store.commit(self._batch(pending))
+        except EventBusError as error:
+            self._put_back(pending, error)
+            return self._on_failed, pending, error
+        except BaseException as error:  # noqa: BLE001  # a fault of ours or the store's: nobody may wait for ever
+            wrapped = PublishOutcomeUnknown([record.id for ticket in pending.appends for record in ticket.records])
+            wrapped.__cause__ = error
+            return self._on_failed, pending, wrapped, StoreError(f"the store failed unexpectedly: {error!r}")
 
     def _take(self) -> _Pending | None:
-        with self._condition:
-            while True:
-                pending, now = self._pending, self._clock.monotonic()
-                if pending.appends or pending.commands or pending.jobs:
-                    break
-                if pending.units or pending.again:
-                    due = max(0.0 if pending.urgent else self._last_commit + OUTCOME_INTERVAL, self._retry_at)
-                    if self._closing or due <= now or not self._condition.wait(due - now):
-                        break  # also when the wait is over by the machine's clock, and not by the one that was given
-                elif self._closing:
+        """What is to be committed next; waits for it. None: there will be nothing more."""
+        while True:
+            with self._lock:
+                seconds = self._seconds_to_wait()
+                if seconds <= 0:
+                    return self._taken()
+                if self._closing:
                     return None
-                else:
-                    self._condition.wait()
-            self._pending = _Pending()
-            pending.commands[:0] = pending.again
-            return pending
+                self._asleep, self._dozing = True, seconds < math.inf
+            if not self._bell.wait(seconds):
+                with self._lock:
+                    if self._asleep:
+                        self._asleep = self._dozing = False
+                    else:
+                        self._bell.wait()  # it was rung in between
+                    self._pending.urgent = True  # also when the wait is over by the machine's clock, but not by the one given
+                    return self._taken()
+
+    def _seconds_to_wait(self) -> float:
+        pending = self._pending
+        if pending.appends or pending.commands or pending.jobs:
+            return 0.0
+        if not pending.units and not pending.again:
+            return math.inf
+        if self._closing:
+            return 0.0
+        due = 0.0 if pending.urgent else self._outcomes_taken + OUTCOME_INTERVAL
+        return max(due, self._retry_at) - self._clock.monotonic()
+
+    def _taken(self) -> _Pending:
+        """What is pending; outcomes only where they are due, or more than moved checkpoints. With the lock held."""
+        pending, self._pending = self._pending, _Pending()
+        self._at_work = True
+        if self._giving_way:
+            self._giving_way = False
+            self._door.open()
+        pending.commands[:0] = pending.again
+        now = self._clock.monotonic()
+        if pending.urgent or pending.rides or pending.commands or self._closing or now >= self._outcomes_taken + OUTCOME_INTERVAL:
+            self._outcomes_taken = now
+        else:
+            self._pending.units, pending.units = pending.units, []
+            self._pending.last, pending.last = pending.last, {}
+        return pending
 
     def _batch(self, pending: _Pending) -> Batch:
         return Batch(
@@ -293,7 +385,7 @@ class Journal:
 
     def _put_back(self, pending: _Pending, error: EventBusError) -> None:
         """Outcomes and submitted commands are not lost with a failed commit: they go before those that came meanwhile."""
-        with self._condition:
+        with self._lock:
             if isinstance(error, _FATAL) or self._closing:
                 return
             self._pending.again = [ticket for ticket in pending.commands if ticket.kept]
@@ -316,6 +408,9 @@ class Journal:
         listener = self.listener
         for ticket, result in zip(pending.commands, committed.results, strict=True):
             self._decide(ticket, result)
+        # Those who publish go on before the lanes they have published to: their next events can be written meanwhile.
+        for ticket, result in zip(pending.appends, committed.appends, strict=True):
+            self._decide(ticket, result)
         if listener is not None:
             if self._halted:
                 self._halted = False
@@ -324,8 +419,6 @@ class Journal:
         conflicts = set(committed.conflicts)
         for index, (lane, unit, serial) in enumerate(pending.units):
             lane.confirmed(unit, serial, committed.refused.get(index), conflict=index in conflicts)
-        for ticket, result in zip(pending.appends, committed.appends, strict=True):
-            self._decide(ticket, result)
         self._admit_waiting()
 
     def _on_failed(self, pending: _Pending, error: EventBusError, crash: EventBusError | None = None) -> None:

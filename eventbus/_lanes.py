@@ -334,7 +334,7 @@ class Lane:
             **parts,
         )
         self.environment.journal.settle(self, unit, self._serial)
-        if self._waiters:
+        if self._waiters or self._serial - self._confirmed >= AHEAD // 2:
             self.environment.journal.flush()
         return unit
 

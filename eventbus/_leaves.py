@@ -216,8 +216,8 @@ STRAIGHT: Final[dict[type, str]] = {
     UUID: "{0}.__class__ is UUID",
     datetime: "{0}.__class__ is datetime and {0}.tzinfo is UTC",
 }
-"""Conditions on a local variable under which the first hook of `LEAVES` gives the value back as it is. They stand in the functions
-that are made for classes, and save a call for each field."""
+"""Conditions on a local variable under which the first hook of `LEAVES` gives the value back as it is. They stand in the
+functions that are made for classes, and save a call for each field."""
 
 STRAIGHT_NAMES: Final[dict[str, Any]] = {"Decimal": Decimal, "UUID": UUID, "datetime": datetime, "UTC": UTC}
 """What the conditions refer to, beside builtins."""

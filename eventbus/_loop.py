@@ -114,16 +114,22 @@ class _AsyncioWaiter:
             await self._future
 
     async def wait_decided(self) -> None:
+        if self.done:
+            return
+        self._future = self._loop.create_future()
         try:
-            await self.wait()
+            await self._future
         except asyncio.CancelledError:
-            with anyio.CancelScope(shield=True):
-                while not self.done:
-                    try:
-                        await self.wait()
-                    except asyncio.CancelledError:
-                        continue  # a second Task.cancel(); the first is raised below, when it is decided
+            await self._wait_shielded()
             raise
+
+    async def _wait_shielded(self) -> None:
+        with anyio.CancelScope(shield=True):
+            while not self.done:
+                try:
+                    await self.wait()
+                except asyncio.CancelledError:
+                    continue  # a second Task.cancel(); the first is raised when it is decided
 
 
 class _Asyncio:

@@ -313,6 +313,7 @@ class Running:
             await self.journal.command(Rewind(name, after))
             return
         with serving.changing():
+            await self.journal.written()  # what was settled before the position stays so
             states = await self.journal.command(Rewind(name, after))
             serving.rewound(after, states, await self.reader.ask(WaitingRows(name)))
 

@@ -1,10 +1,10 @@
 """One transaction of the SQLite store, inside its BEGIN IMMEDIATE: look, decide, write.
 
-publish → journal → *store* → lanes → workers → outcome. In comes a batch. One that only appends is a single statement, which is a
-transaction by itself, so that the thread gives up the GIL once for all of it. For any other one SELECT brings all that has to be known to decide
+publish → journal → *store* → lanes → workers → outcome. In comes a batch; one SELECT brings all that has to be known to decide
 it, as one row; what is decided in Python goes out in few statements of many rows. Each statement that a thread of ours
 runs may cost 5 ms of waiting for the GIL beside a busy event loop: so their number does not depend on the size of the batch
-(up to 512 events), and what has nothing to do is left out.
+(up to 512 events), and what has nothing to do is left out. A batch that only appends is a single statement, and that is
+its whole transaction.
 """
 
 from __future__ import annotations
