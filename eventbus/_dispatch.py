@@ -73,11 +73,6 @@ class Serving:
         self.failed = 0
         self.redriver = Redriver(options.name, dispatcher.environment, self.lane_of, self._want_lane)
 
-    @property
-    def halted(self) -> bool:
-        """Outcomes cannot be written for now."""
-        return self._dispatcher.halted or self.rewinding
-
     # -------------------------------------------------------------- types and lanes
 
     def _types_of(self, stored: Subscribed) -> tuple[str, ...]:
@@ -316,7 +311,6 @@ class Dispatcher:
         self.known_types: set[str] = set()
         self.head = 0
         self.published = 0
-        self.halted = False
         self.leaving = False
         self.crash: EventBusError | None = None
         self.on_crash: Callable[[EventBusError], object] = lambda _error: None
@@ -379,12 +373,12 @@ class Dispatcher:
 
     def proceed(self) -> None:
         """Outcomes can be written again."""
-        self.halted = self.leaving
+        self.environment.halted = self.leaving
         self.wake_all()
 
     def crashed(self, error: EventBusError, *, told: bool) -> None:
         """The journal has stopped for good."""
-        self.halted = True
+        self.environment.halted = True
         self.crash = error
         for serving in self.servings.values():
             serving.close()
@@ -397,7 +391,7 @@ class Dispatcher:
         self._halt()
 
     def _halt(self) -> None:
-        self.halted = True
+        self.environment.halted = True
         for lane in self.lanes():
             lane.recall()
 

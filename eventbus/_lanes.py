@@ -113,10 +113,6 @@ class Holder(Protocol):
     handled: int
     failed: int
 
-    @property
-    def halted(self) -> bool:
-        """Outcomes cannot be written for now."""
-
     def pause(self, reason: str) -> None:
         """Stop giving out deliveries; the lane has stored the reason."""
 
@@ -140,7 +136,11 @@ class Holder(Protocol):
 
 @attrs.define(eq=False)
 class Environment:
-    """What lanes are given of the world."""
+    """What lanes are given of the world, and have in common.
+
+    Attributes:
+        halted: outcomes cannot be written for now, or never again: start no further attempt.
+    """
 
     clock: Clock
     timers: Timers
@@ -152,6 +152,7 @@ class Environment:
     notify: Callable[[Moment], object]
     cascades: list[Cascade] = attrs.field(factory=list)
     scheduled: Callable[[float], object] = lambda _due_at: None
+    halted: bool = False
 
     async def sleep(self, seconds: float) -> None:
         """Sleep by the clock that was given."""
@@ -216,21 +217,25 @@ class Lane:
 
     def take(self) -> Attempt | None:
         """The next attempt to run, or None for now."""
-        holder = self.holder
-        if (
-            self.running >= self.concurrency
-            or self._serial - self._confirmed >= AHEAD
-            or holder.paused is not None
-            or holder.halted
-            or self.blocked is not None
-            or self.closed
-        ):
+        if self.running >= self.concurrency or self._serial - self._confirmed >= AHEAD or self.is_held_up():
             return None
-        attempt = self._next()
+        sources = self.sources
+        attempt = sources[0].take() if len(sources) == 1 else self._take_turns()
         if attempt is not None:
             attempt.epoch = self.epoch
             self.running += 1
         return attempt
+
+    def is_held_up(self) -> bool:
+        """Whether nothing may be started for now."""
+        holder = self.holder
+        return (
+            holder.paused is not None
+            or holder.rewinding
+            or self.environment.halted
+            or self.blocked is not None
+            or self.closed
+        )
 
     def take_more(self, limit: int) -> list[Attempt]:
         """Further first attempts from the log, after one from there, for one crossing into a thread."""
@@ -244,10 +249,8 @@ class Lane:
             more.append(attempt)
         return more
 
-    def _next(self) -> Attempt | None:
+    def _take_turns(self) -> Attempt | None:
         sources = self.sources
-        if len(sources) == 1:
-            return sources[0].take()
         for _ in range(len(sources)):
             self._turn = (self._turn + 1) % len(sources)
             attempt = sources[self._turn].take()

@@ -52,14 +52,13 @@ class StrictSource:
         """The event after the checkpoint, when it is due."""
         if self._due and self._lane.environment.clock.monotonic() < self._due:
             return None
-        record = self._next
+        record = self._next or self.intake.pop()
         if record is None:
-            record = self.intake.pop()
-            if record is None:
-                return None
+            return None
         self._next = None
+        number = 1 if self._current else self._attempts + 1
         self._current.append(record)
-        return Attempt(self._lane, self, record, self._attempts + 1 if len(self._current) == 1 else 1)
+        return Attempt(self._lane, self, record, number)
 
     def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
         """The checkpoint moves."""

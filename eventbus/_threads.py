@@ -105,7 +105,7 @@ class Crossing:
     def _must_wait(self) -> bool:
         """Whether the lane has been paused, halted or rewound since the crossing began."""
         lane = self._lane
-        return lane.holder.paused is not None or lane.holder.halted or lane.epoch != self._epoch
+        return lane.is_held_up() or lane.epoch != self._epoch
 
     def _post(self, function: Callable[[], object]) -> None:
         try:

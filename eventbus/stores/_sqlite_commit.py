@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import sqlite3
 from collections.abc import Iterable, Sequence
 
@@ -26,7 +27,7 @@ from eventbus.stores._sqlite_rows import (
     LaneRow,
     Value,
     decode,
-    event_values,
+    event_rows,
     execute_rows,
     lane_of,
     to_micros,
@@ -243,21 +244,15 @@ class Entering:
 def insert_events(connection: sqlite3.Connection, events: Sequence[Record], first: int) -> None:
     """Write events at positions that follow upon each other, from the one given."""
     for some in _by_bytes(events):
-        execute_rows(connection, INSERT_EVENTS, _rows(some, first))
+        execute_rows(connection, INSERT_EVENTS, event_rows(some, itertools.count(first)))
         first += len(some)
-
-
-def _rows(events: Sequence[Record], first: int) -> list[tuple[Value, ...]]:
-    positions = range(first, first + len(events))
-    values = event_values(events, positions)
-    return [(position, record.id, *row) for position, record, row in zip(positions, events, values, strict=True)]
 
 
 def only_appended(batch: Batch) -> list[Record] | None:
     """The events of a batch that does no more than append them, and does so in one statement; None of any other batch."""
     if batch.units or batch.commands:
         return None
-    records = [record for group in batch.appends for record in group]
+    records = list(itertools.chain.from_iterable(batch.appends))
     if not 0 < len(records) <= ROWS or sum([len(record.data) for record in records]) > _STATEMENT_BYTES:
         return None
     for record in records:
@@ -272,16 +267,17 @@ def append_after(connection: sqlite3.Connection, head: int, records: Sequence[Re
     If the head is not the one given, since another connection has written, nothing is written; False then.
     """
     at_head = "AND (SELECT seq FROM sqlite_sequence WHERE name = 'events') IS ?"
-    return bool(execute_rows(connection, INSERT_EVENTS, _rows(records, head + 1), at_head, last=(head or None,)))
+    rows = event_rows(records, itertools.count(head + 1))
+    return bool(execute_rows(connection, INSERT_EVENTS, rows, at_head, last=(head or None,)))
 
 
 def insert_scheduled(connection: sqlite3.Connection, records: Sequence[Record]) -> None:
     """Write events that wait for their time."""
     for some in _by_bytes(records):
         rows: list[tuple[Value, ...]] = []
-        for record, values in zip(some, event_values(some, [0] * len(some)), strict=True):
+        for record, row in zip(some, event_rows(some, itertools.repeat(0)), strict=True):
             due_at = record.due_at = to_micros(record.due_at or 0.0)
-            rows.append((record.id, due_at, record.idempotency_key, *values))
+            rows.append((*row[:-1], due_at, record.idempotency_key))
         execute_rows(connection, INSERT_SCHEDULED, rows)
 
 

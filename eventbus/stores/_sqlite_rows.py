@@ -12,7 +12,7 @@ import functools
 import itertools
 import sqlite3
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -123,11 +123,14 @@ def decode(raw: bytes, decoder: msgspec.json.Decoder[list[T]], what: str) -> lis
 # ------------------------------------------------------------------ events
 
 _EVENT = "type, version, time, key, slot, headers, content_type, size, crc, data"
-INSERT_EVENTS = f"INSERT INTO events (position, id, {_EVENT})"
-INSERT_SCHEDULED = f"INSERT INTO scheduled (id, due_at, idempotency_key, {_EVENT})"
+INSERT_EVENTS = f"INSERT INTO events ({_EVENT}, id, position)"
+INSERT_SCHEDULED = f"INSERT INTO scheduled ({_EVENT}, id, due_at, idempotency_key)"
 COPIED_COLUMNS = _EVENT
 """What a dead letter copies of its event, beside id and position."""
 
+EventValues = tuple[
+    str, int, float, str | None, int, str | None, str, int, int, str | bytes, str, int  # `_EVENT`, id, position
+]
 EventRow = tuple[int, str, str, int, int, str | None, int, str | None, str, int, int, str]
 
 
@@ -153,19 +156,21 @@ def record_of(row: EventRow) -> Record:
     return record
 
 
-def event_values(records: Sequence[Record], positions: Sequence[int]) -> list[tuple[Value, ...]]:
-    """For each record the values of `_EVENT`, at the position given with it. Its time becomes exact to the microsecond."""
+def event_rows(records: Sequence[Record], positions: Iterable[int]) -> list[EventValues]:
+    """The values of `_EVENT`, the id and the position for each record, at the position given with it.
+
+    A record's time becomes exact to the microsecond.
+    """
     seen, time, shown = None, 0.0, ""
-    rows: list[tuple[Value, ...]] = []
-    for record, position in zip(records, positions, strict=True):
+    rows: list[EventValues] = []
+    for record, position in zip(records, positions, strict=False):
         if record.time != seen:  # what is published together has one time
-            seen, time = record.time, to_micros(record.time)
-            shown = repr(time)
-        record.time = time
+            seen = time = to_micros(record.time)
+            record.time, shown = time, repr(time)
+        data, content_type = record.data, record.content_type
         crc = checksum_at(record, position, shown)
         if record.fault is not None:
             crc ^= 0xFFFFFFFF  # what was damaged stays so, also where it is written anew
-        data = record.data
         rows.append(
             (
                 record.type,
@@ -174,10 +179,12 @@ def event_values(records: Sequence[Record], positions: Sequence[int]) -> list[tu
                 record.key,
                 record.slot,
                 record.headers,
-                record.content_type,
+                content_type,
                 len(data),
                 crc,
-                _data_value(record.content_type, data),
+                _data_value(content_type, data),
+                record.id,
+                position,
             )
         )
     return rows
