@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, Literal, Protocol
 
 import attrs
+import msgspec
 
 
 @attrs.frozen
@@ -69,8 +70,7 @@ class Envelope:
         return self._decode(self)
 
 
-@attrs.frozen
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What `publish` returns: the event is on disk.
 
     Attributes:
@@ -83,8 +83,19 @@ class Receipt:
     id: str
     position: int | None
     duplicate: bool
-    _handled: Callable[[Any, Receipt, float | None], Awaitable[None]] = attrs.field(repr=False, eq=False)
-    _record: object = attrs.field(repr=False, eq=False)
+    _handled: Callable[[Any, Receipt, float | None], Awaitable[None]]
+    _record: object
+
+    def __repr__(self) -> str:
+        return f"Receipt(id={self.id!r}, position={self.position!r}, duplicate={self.duplicate!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Receipt):
+            return NotImplemented
+        return (self.id, self.position, self.duplicate) == (other.id, other.position, other.duplicate)
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.position, self.duplicate))
 
     async def handled(self, timeout: float | None = None) -> None:
         """Wait until every subscription that existed at its position has handled the event, and the acks are committed.

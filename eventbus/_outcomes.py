@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import attrs
+import msgspec
 
 from eventbus.errors import IdempotencyConflict
 from eventbus.stores.base import Death, Record
@@ -25,8 +26,7 @@ _FRAMES = 50
 _MESSAGE = 2_000
 
 
-@attrs.define(eq=False)
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """One run of a handler, from the lane that gave it to the outcome.
 
     Attributes:

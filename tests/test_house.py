@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import attrs
+import msgspec
 import pytest
 
 import eventbus
@@ -120,6 +121,8 @@ def test_the_signature_of_a_public_function_on_the_api_page_is_that_of_the_code(
 
 def _attributes(cls: type) -> dict[str, str]:
     """What a record is made of, as its class writes it: types, and defaults where there are some."""
+    if not attrs.has(cls):  # a Struct of msgspec
+        return {name: type for name, type in cls.__annotations__.items() if not name.startswith("_")}
     found = {}
     for field in attrs.fields(cls):
         if not field.name.startswith("_"):
@@ -128,7 +131,11 @@ def _attributes(cls: type) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in eventbus.__all__ if attrs.has(getattr(eventbus, n))])
+def _is_record(thing: Any) -> bool:
+    return attrs.has(thing) or (inspect.isclass(thing) and issubclass(thing, msgspec.Struct))
+
+
+@pytest.mark.parametrize("name", [n for n in eventbus.__all__ if _is_record(getattr(eventbus, n))])
 def test_the_fields_on_the_api_page_are_those_of_the_record(name: str) -> None:
     """All of them, in order, with types and defaults."""
     stub = _stub(_api()[name])

@@ -20,6 +20,7 @@ import msgspec
 
 from eventbus.errors import IdempotencyConflict
 from eventbus.stores._sqlite_rows import (
+    EVENT_WIDTH,
     INSERT_EVENTS,
     INSERT_SCHEDULED,
     LANE_JSON,
@@ -27,8 +28,9 @@ from eventbus.stores._sqlite_rows import (
     LaneRow,
     Value,
     decode,
-    event_rows,
+    event_values,
     execute_rows,
+    execute_values,
     lane_of,
     to_micros,
 )
@@ -244,8 +246,10 @@ class Entering:
 def insert_events(connection: sqlite3.Connection, events: Sequence[Record], first: int) -> None:
     """Write events at positions that follow upon each other, from the one given."""
     for some in _by_bytes(events):
-        execute_rows(connection, INSERT_EVENTS, event_rows(some, itertools.count(first)))
-        first += len(some)
+        for start in range(0, len(some), ROWS):
+            part = some[start : start + ROWS]
+            execute_values(connection, INSERT_EVENTS, EVENT_WIDTH, event_values(part, itertools.count(first)))
+            first += len(part)
 
 
 def only_appended(batch: Batch) -> list[Record] | None:
@@ -267,17 +271,18 @@ def append_after(connection: sqlite3.Connection, head: int, records: Sequence[Re
     If the head is not the one given, since another connection has written, nothing is written; False then.
     """
     at_head = "AND (SELECT seq FROM sqlite_sequence WHERE name = 'events') IS ?"
-    rows = event_rows(records, itertools.count(head + 1))
-    return bool(execute_rows(connection, INSERT_EVENTS, rows, at_head, last=(head or None,)))
+    values = event_values(records, itertools.count(head + 1))
+    return bool(execute_values(connection, INSERT_EVENTS, EVENT_WIDTH, values, at_head, last=(head or None,)))
 
 
 def insert_scheduled(connection: sqlite3.Connection, records: Sequence[Record]) -> None:
     """Write events that wait for their time."""
     for some in _by_bytes(records):
         rows: list[tuple[Value, ...]] = []
-        for record, row in zip(some, event_rows(some, itertools.repeat(0)), strict=True):
+        for record in some:
             due_at = record.due_at = to_micros(record.due_at or 0.0)
-            rows.append((*row[:-1], due_at, record.idempotency_key))
+            *values, _ = event_values((record,), (0,))
+            rows.append((*values, due_at, record.idempotency_key))
         execute_rows(connection, INSERT_SCHEDULED, rows)
 
 

@@ -82,12 +82,30 @@ def execute_rows(
     rows: Sequence[tuple[Value, ...]],
     tail: str = "",
     first: tuple[Value, ...] = (),
-    last: tuple[Value, ...] = (),
-) -> int:
+) -> None:
     """`head <rows> tail`, in one statement for up to `ROWS` rows; the first value of a row must not be NULL.
 
     Args:
-        first: values that `head` has before the rows. last: values that `tail` has.
+        first: values that `head` has before the rows.
+    """
+    for start in range(0, len(rows), ROWS):
+        some = rows[start : start + ROWS]
+        execute_values(connection, head, len(some[0]), [*first, *itertools.chain.from_iterable(some)], tail, first=len(first))
+
+
+def execute_values(
+    connection: sqlite3.Connection,
+    head: str,
+    width: int,
+    values: list[Value],
+    tail: str = "",
+    first: int = 0,
+    last: tuple[Value, ...] = (),
+) -> int:
+    """The same for rows of `width` values, at most `ROWS` of them, one behind the other in a list that is used up.
+
+    Args:
+        first: how many values `head` has before the rows. last: values that `tail` has.
 
     Returns how many rows were written.
 
@@ -95,16 +113,12 @@ def execute_rows(
     170 MB for small events. So there are some 50 sizes; what is left over is filled up with NULLs, which the WHERE drops:
     at most an eighth, 5 % of the time.
     """
-    written = 0
-    for start in range(0, len(rows), ROWS):
-        some = rows[start : start + ROWS]
-        width, room = len(some[0]), _room(len(some))
-        values = [*first, *itertools.chain.from_iterable(some)]
-        if room > len(some):
-            values += [None] * (width * (room - len(some)))
-        values += last
-        written += connection.execute(_rows_text(head, width, room, tail), values).rowcount
-    return written
+    rows = (len(values) - first) // width
+    room = _room(rows)
+    if room > rows:
+        values += [None] * (width * (room - rows))
+    values += last
+    return connection.execute(_rows_text(head, width, room, tail), values).rowcount
 
 
 def decode(raw: bytes, decoder: msgspec.json.Decoder[list[T]], what: str) -> list[T]:
@@ -128,9 +142,9 @@ INSERT_SCHEDULED = f"INSERT INTO scheduled ({_EVENT}, id, due_at, idempotency_ke
 COPIED_COLUMNS = _EVENT
 """What a dead letter copies of its event, beside id and position."""
 
-EventValues = tuple[
-    str, int, float, str | None, int, str | None, str, int, int, str | bytes, str, int  # `_EVENT`, id, position
-]
+EVENT_WIDTH = 12
+"""Values of a row of `INSERT_EVENTS`."""
+
 EventRow = tuple[int, str, str, int, int, str | None, int, str | None, str, int, int, str]
 
 
@@ -156,13 +170,13 @@ def record_of(row: EventRow) -> Record:
     return record
 
 
-def event_rows(records: Sequence[Record], positions: Iterable[int]) -> list[EventValues]:
-    """The values of `_EVENT`, the id and the position for each record, at the position given with it.
+def event_values(records: Sequence[Record], positions: Iterable[int]) -> list[Value]:
+    """The values of `_EVENT`, the id and the position of each record, at the position given with it, one behind the other.
 
     A record's time becomes exact to the microsecond.
     """
     seen, time, shown = None, 0.0, ""
-    rows: list[EventValues] = []
+    values: list[Value] = []
     for record, position in zip(records, positions, strict=False):
         if record.time != seen:  # what is published together has one time
             seen = time = to_micros(record.time)
@@ -171,23 +185,21 @@ def event_rows(records: Sequence[Record], positions: Iterable[int]) -> list[Even
         crc = checksum_at(record, position, shown)
         if record.fault is not None:
             crc ^= 0xFFFFFFFF  # what was damaged stays so, also where it is written anew
-        rows.append(
-            (
-                record.type,
-                record.version,
-                time,
-                record.key,
-                record.slot,
-                record.headers,
-                content_type,
-                len(data),
-                crc,
-                _data_value(content_type, data),
-                record.id,
-                position,
-            )
+        values += (
+            record.type,
+            record.version,
+            time,
+            record.key,
+            record.slot,
+            record.headers,
+            content_type,
+            len(data),
+            crc,
+            _data_value(content_type, data),
+            record.id,
+            position,
         )
-    return rows
+    return values
 
 
 def _data_value(content_type: str, data: bytes) -> str | bytes:

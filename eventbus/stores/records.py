@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import attrs
+import msgspec
 
 LARGEST = 2**63 - 1
 """The largest position, and the largest integer that a store can hold."""
@@ -25,11 +26,11 @@ Order = Literal["type", "key", "log", "none"]
 # ------------------------------------------------------------------ events
 
 
-@attrs.define(eq=False)
-class Record:
+class Record(msgspec.Struct, eq=False, gc=False):
     """An event on its way: what `publish` made of it, and where it came to lie.
 
-    Not frozen, since the store gives it its `position` and one object goes all the way; nobody else changes it.
+    Not frozen, since the store gives it its `position` and one object goes all the way; nobody else changes it. A Struct, which is
+    made in a third of the time of other classes with slots; the garbage collector may pass it by, for nothing in it refers to it.
 
     Attributes:
         position: its place in the log; 0 until it is committed, and while it is scheduled.

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import attrs
+import msgspec
 import pytest
 
 from eventbus.errors import IdempotencyConflict
@@ -427,4 +428,4 @@ class Scheduled(ConformanceBase):
         self.run(store, Promote(NOW + 60, 10))
         assert self.log(store) == [event.id]
         (found,) = self.page(store).records
-        assert stored_part(found) == stored_part(attrs.evolve(event, position=1, time=NOW + 60))
+        assert stored_part(found) == stored_part(msgspec.structs.replace(event, position=1, time=NOW + 60))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import msgspec
 import pytest
 
 from eventbus.errors import PublishOutcomeUnknown, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreUnavailable
@@ -311,7 +312,7 @@ def test_an_id_that_is_there_already(store: SQLiteStore) -> None:
     (event,) = records(1)
     store.commit(Batch(NOW, appends=[[event]]))
     with pytest.raises(StoreUnavailable, match="UNIQUE"):
-        store.commit(Batch(NOW, appends=[[attrs.evolve(event, position=0)]]))
+        store.commit(Batch(NOW, appends=[[msgspec.structs.replace(event, position=0)]]))
     assert store.commit(Batch(NOW, appends=[records(1)])).head == 2
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,7 +101,7 @@ class Model:
 
     def enter(self, event: Record) -> int:
         self.head += 1
-        self.log.append(attrs.evolve(event, position=self.head, due_at=None))
+        self.log.append(msgspec.structs.replace(event, position=self.head, due_at=None))
         return self.head
 
     def admit(self, group: Sequence[Record]) -> list[Stored] | None:
@@ -126,7 +127,7 @@ class Model:
         due = sorted((e for e in self.scheduled.values() if (e.due_at or 0) <= now), key=lambda e: (e.due_at, e.id))
         for event in due:
             del self.scheduled[event.id]
-            position = self.enter(attrs.evolve(event, time=now))
+            position = self.enter(msgspec.structs.replace(event, time=now))
             if event.idempotency_key:
                 self.keys[event.idempotency_key] = (event, position)
 
