@@ -179,61 +179,61 @@ class _Task:
 
     async def run(self) -> None:
         """Serve lanes until the pool stops."""
-        pool, clock = self._pool, self._environment.clock
-        since = clock.monotonic()
         try:
-            while not pool.stopping:
-                lane = pool.next_lane()
-                if lane is None:
-                    await self._rest()
-                    since = clock.monotonic()
-                    continue
-                self._lane = lane
-                try:
-                    await self._serve(lane)
-                finally:
-                    self._lane = None
-                    pool.leave(lane)
-                if clock.monotonic() - since >= QUANTUM:
-                    with anyio.CancelScope(shield=True):
-                        await checkpoint()
-                    since = clock.monotonic()
+            while not self._pool.stopping:
+                # The bus stops its workers itself; a cancellation from outside must not end them before. To make a scope costs more
+                # than to run most handlers, so there is a new one only when a handler was cancelled.
+                with anyio.CancelScope(shield=True) as scope:
+                    self._scope = scope
+                    await self._serve(scope)
+                if self._lane is not None:
+                    self._leave(self._lane)
         except Torn:
             _log.debug("the event loop was closed under a running handler")
         finally:
-            pool.gone(self)
+            self._scope = None
+            if self._lane is not None:
+                self._pool.leave(self._lane)
+            self._pool.gone(self)
 
-    async def _rest(self) -> None:
-        self._wake = self._environment.loop.waiter()
-        self._pool.rest(self)
-        # The bus stops its workers itself; a cancellation from outside must not end them before.
-        with anyio.CancelScope(shield=True):
-            await self._wake.wait()
+    async def _serve(self, scope: anyio.CancelScope) -> None:
+        """Serve lanes until the pool stops, or the scope is cancelled."""
+        pool, loop, monotonic = self._pool, self._environment.loop, self._environment.clock.monotonic
+        self_cancelled = loop.self_cancelled()
+        since = monotonic()
+        while not pool.stopping and not scope.cancel_called:
+            lane = pool.next_lane()
+            if lane is None:
+                self._wake = loop.waiter()
+                pool.rest(self)
+                await self._wake.wait()
+                since = monotonic()
+                continue
+            self._lane = lane
+            await self._run_quantum(lane, scope, self_cancelled)
+            self._leave(lane)
+            if self_cancelled():
+                await loop.forget_cancellation()
+            if monotonic() - since >= QUANTUM:
+                await checkpoint()
+                since = monotonic()
 
-    def wake(self) -> None:
-        """There is a lane to serve, or the pool stops."""
-        if self._wake is not None:
-            self._wake.set()
-
-    async def _serve(self, lane: Lane) -> None:
-        self._timed_out = False
-        self_cancelled = self._environment.loop.self_cancelled()
-        with anyio.CancelScope(shield=True) as scope:
-            self._scope = scope
-            try:
-                await self._run_quantum(lane, scope, self_cancelled)
-            finally:
-                self._scope = None
-                self._deadline = math.inf
+    def _leave(self, lane: Lane) -> None:
+        """Be done with a lane for now."""
         attempt, self._attempt = self._attempt, None
         if attempt is not None and not attempt.over:
             # The handler was cancelled, by us: nobody else can cancel within the shield.
             lane.settle(attempt, Failed(timed_out(attempt)) if self._timed_out else RELEASED)
             lane.wake()
         lane.flush()
-        if self_cancelled():
-            with anyio.CancelScope(shield=True):
-                await self._environment.loop.forget_cancellation()
+        self._timed_out = False
+        self._lane = None
+        self._pool.leave(lane)
+
+    def wake(self) -> None:
+        """There is a lane to serve, or the pool stops."""
+        if self._wake is not None:
+            self._wake.set()
 
     async def _run_quantum(self, lane: Lane, scope: anyio.CancelScope, self_cancelled: Callable[[], int]) -> None:
         lane.log.intake.touch()

@@ -173,8 +173,7 @@ class Death:
 Source = Literal["log", "row", "redrive", "replay"]
 
 
-@attrs.frozen
-class Unit:
+class Unit(msgspec.Struct, frozen=True):
     """What became of a delivery: written whole or not at all, with the events that its attempt published.
 
     It is applied only if the lane's epoch holds *and* the delivery is still unsettled in the store. The latter means,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import msgspec
 import pytest
 
 from eventbus.stores.base import (
@@ -106,7 +107,7 @@ class Units(ConformanceBase):
         first = self.settle(store, unit)
         assert first.refused == {}
         before = (store.read(Lanes()), self.dead(store), self.waiting(store))
-        again = self.settle(store, attrs.evolve(unit, published=(record("twice"),), death=death("Twice"), pause="twice"))
+        again = self.settle(store, msgspec.structs.replace(unit, published=(record("twice"),), death=death("Twice"), pause="twice"))
         assert again.refused == {0: "settled"}
         assert before == (store.read(Lanes()), self.dead(store), self.waiting(store))
         assert again.events == []
@@ -116,7 +117,7 @@ class Units(ConformanceBase):
     def test_settled_twice_in_a_batch(self, store: Store, source: str) -> None:
         """Of two units for one delivery in one batch the first counts."""
         unit = self._unit_of(store, source)
-        committed = self.settle(store, unit, attrs.evolve(unit, published=(record("twice"),)))
+        committed = self.settle(store, unit, msgspec.structs.replace(unit, published=(record("twice"),)))
         assert (committed.refused, committed.events) == ({1: "settled"}, [])
 
     def _unit_of(self, store: Store, source: str) -> Unit:
@@ -276,7 +277,7 @@ class DeadLettersKept(ConformanceBase):
         (waiting,) = self.dead(store)
         assert (waiting.redriving, waiting.attempt, waiting.due_at) == (True, 2, NOW + 4)
         event = record("mail.sent")
-        committed = self.settle(store, attrs.evolve(retry, retry=None, published=(event,)))
+        committed = self.settle(store, msgspec.structs.replace(retry, retry=None, published=(event,)))
         assert ([r.id for r in committed.events], self.dead(store)) == ([event.id], [])
 
     def test_redrive_failed(self, store: Store) -> None:
