@@ -53,6 +53,7 @@ class Pool:
         self._share = max(1, limit // 2)
         self._ready: deque[Lane] = deque()
         self._idle: list[_Task] = []
+        self._seeking = 0  # workers that will look for a lane before they rest; one is enough, for most handlers never wait
         self._tasks: set[_Task] = set()
         self._hired: list[_Task] = []  # to be started
         self._hiring: Waiter | None = None
@@ -81,14 +82,31 @@ class Pool:
             return
         lane.scheduled = True
         self._ready.append(lane)
+        if not self._seeking:
+            self._call_worker()
+
+    def _call_worker(self) -> None:
+        """Have one more worker look for lanes."""
         if self._idle:
+            self._seeking += 1
             self._idle.pop().wake()
         elif len(self._tasks) < self._limit:
+            self._seeking += 1
             task = _Task(self)
             self._tasks.add(task)
             self._hired.append(task)
             if self._hiring is not None:
                 self._hiring.set()
+
+    def step_aside(self) -> None:
+        """A worker waits for its handler: another one takes over."""
+        self._seeking -= 1
+        if self._ready and not self._seeking:
+            self._call_worker()
+
+    def step_back(self) -> None:
+        """It goes on."""
+        self._seeking += 1
 
     def next_lane(self) -> Lane | None:
         """The lane that is ready longest and whose subscription does not hold its share of the workers already."""
@@ -111,6 +129,7 @@ class Pool:
 
     def rest(self, task: _Task) -> None:
         """A worker has nothing to do."""
+        self._seeking -= 1
         self._idle.append(task)
 
     def watch(self, deadline: float) -> None:
@@ -149,7 +168,8 @@ class Pool:
         self.threads.stop()
 
     def gone(self, task: _Task) -> None:
-        """A worker has ended."""
+        """A worker has ended, while it was looking for a lane."""
+        self._seeking -= 1
         self._tasks.discard(task)
         if not self._tasks and self._gone is not None:
             self._gone.set()
@@ -268,6 +288,7 @@ class _Task:
         if timeout is not None:
             self._deadline = self._environment.clock.monotonic() + timeout
             self._pool.watch(self._deadline)
+        self._pool.step_aside()
         try:
             outcome = await suspended.finish()
             # A handler that swallows its cancellation has failed all the same.
@@ -277,6 +298,7 @@ class _Task:
         except BaseException as error:  # noqa: BLE001  # an outcome, unless it is our own cancellation on its way out
             return self._outcome(attempt, error)
         finally:
+            self._pool.step_back()
             self._deadline = math.inf
 
     def _outcome(self, attempt: Attempt, error: BaseException) -> Outcome:
@@ -304,6 +326,7 @@ class _Task:
             self._pool.watch(self._environment.clock.monotonic() + lane.holder.options.timeout)
         lane.crossings.append(crossing)
         self._thread.submit(crossing.run)
+        self._pool.step_aside()
         try:
             await crossing.finished.wait()
             self._pool.threads.put(self._thread)
@@ -311,6 +334,7 @@ class _Task:
             self._leave_behind(lane, crossing, self._thread)
             raise
         finally:
+            self._pool.step_back()
             lane.crossings.remove(crossing)
             self._crossing = self._thread = None
             if self._timed_out:
