@@ -34,6 +34,8 @@ _log = logging.getLogger("eventbus")
 
 AHEAD = 1_000
 """Deliveries that a lane may have settled ahead of what is stored."""
+SOON = 750
+"""… with which it does not wait for other outcomes any more, to be stored before it has to stop."""
 
 
 class Source(Protocol):
@@ -229,13 +231,7 @@ class Lane:
     def is_held_up(self) -> bool:
         """Whether nothing may be started for now."""
         holder = self.holder
-        return (
-            holder.paused is not None
-            or holder.rewinding
-            or self.environment.halted
-            or self.blocked is not None
-            or self.closed
-        )
+        return holder.paused is not None or holder.rewinding or self.environment.halted or self.blocked is not None or self.closed
 
     def take_more(self, limit: int) -> list[Attempt]:
         """Further first attempts from the log, after one from there, for one crossing into a thread."""
@@ -337,7 +333,7 @@ class Lane:
             **parts,
         )
         self.environment.journal.settle(self, unit, self._serial)
-        if self._waiters or self._serial - self._confirmed >= AHEAD // 2:
+        if self._waiters or self._serial - self._confirmed >= SOON:
             self.environment.journal.flush()
         return unit
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import attrs
 
+from eventbus._intake import runs_by_type
 from eventbus._lanes import Lane
 from eventbus._model import Envelope, ReplaySummary
 from eventbus._side import Item, SideSource
@@ -185,12 +186,34 @@ def targets_of(dispatcher: Dispatcher, declared: Declared, to: object) -> list[S
     return targets
 
 
+@attrs.define
+class _Counts:
+    """What a replay has done so far; see `ReplaySummary`."""
+
+    position: int
+    events: int = 0
+    handled: int = 0
+    dead: int = 0
+
+
 @attrs.define(eq=False)
 class _Portion:
     """A page that is being delivered."""
 
     up_to: int
-    open: int = 0
+    counts: _Counts
+    done: Callable[[], object]
+    open: int = 1  # deliveries that have not ended, and one until all of the page is handed out
+
+    def ended(self, acked: bool) -> None:
+        """One of its deliveries has."""
+        if acked:
+            self.counts.handled += 1
+        else:
+            self.counts.dead += 1
+        self.open -= 1
+        if not self.open:
+            self.done()
 
 
 class Replay:
@@ -219,7 +242,7 @@ class Replay:
         self._progress = progress
         self._portions: deque[_Portion] = deque()
         self._sources: dict[Lane, SideSource] = {}
-        self._summary = ReplaySummary(stretch.after, 0, 0, 0, dry_run)
+        self._counts = _Counts(stretch.after)
         self._over = False
         self._moved = self._environment.loop.waiter()
         self._paced = self._environment.clock.monotonic()
@@ -235,12 +258,16 @@ class Replay:
                 after = page.up_to
                 await self._wait_for_portions(AHEAD - 1)
             await self._wait_for_portions(0)
-            if self._summary.dead:
+            if self._counts.dead:
                 await self._environment.journal.written()
         finally:
             self._over = True
             pins.remove(self._stretch.after)
-        return self._summary
+        return self._summary()
+
+    def _summary(self) -> ReplaySummary:
+        counts = self._counts
+        return ReplaySummary(counts.position, counts.events, counts.handled, counts.dead, self._dry_run)
 
     def _types(self) -> tuple[str, ...] | None:
         types = exact(self._patterns)
@@ -255,45 +282,43 @@ class Replay:
         return tuple(wanted)
 
     async def _deliver(self, page: Page) -> None:
-        portion = _Portion(page.up_to)
+        portion = _Portion(page.up_to, self._counts, self._moved_on)
         self._portions.append(portion)
-        portion.open += 1  # until all of the page is handed out
-        for record in page.records:
-            if not matches(self._patterns, record.type):
-                continue
-            lanes = [lane for target in self._targets if target.wants(record.type) and (lane := target.lane_of(record))]
-            if not lanes:
-                continue
-            await self._pace()
-            self._summary = attrs.evolve(self._summary, events=self._summary.events + 1)
-            if not self._dry_run:
-                for lane in lanes:
-                    self._hand_over(lane, record, portion)
+        for type, records in runs_by_type(page.records):
+            targets = [t for t in self._targets if t.wants(type)] if matches(self._patterns, type) else []
+            for record in records if targets else ():
+                lanes = [lane for target in targets if (lane := target.lane_of(record))]
+                if lanes:
+                    if self._rate is not None:
+                        await self._pace(self._rate)
+                    self._hand_over(lanes, record, portion)
         portion.open -= 1
         await self._advance()
 
-    def _hand_over(self, lane: Lane, record: Record, portion: _Portion) -> None:
-        def ended(acked: bool) -> None:
-            portion.open -= 1
-            handled, dead = self._summary.handled + acked, self._summary.dead + (not acked)
-            self._summary = attrs.evolve(self._summary, handled=handled, dead=dead)
-            if not portion.open:
-                self._moved.set()
+    def _hand_over(self, lanes: Sequence[Lane], record: Record, portion: _Portion) -> None:
+        self._counts.events += 1
+        if self._dry_run:
+            return
+        portion.open += len(lanes)
+        for lane in lanes:
+            source = self._sources.get(lane)
+            if source is None:
+                source = self._sources[lane] = SideSource(lane)
+            source.add(Item(record, portion.ended, wanted=self._goes_on))
 
-        portion.open += 1
-        source = self._sources.get(lane)
-        if source is None:
-            source = self._sources[lane] = SideSource(lane)
-        source.add(Item(record, ended, wanted=lambda: not self._over))
+    def _goes_on(self) -> bool:
+        return not self._over
 
-    async def _pace(self) -> None:
-        if self._rate is not None:
-            now = self._environment.clock.monotonic()
-            self._paced = max(self._paced, now) + 1 / self._rate
-            while self._paced > self._environment.clock.monotonic():
-                self._check_open()
-                self._environment.timers.at(self._paced, self._moved.set)
-                await self._wait()
+    def _moved_on(self) -> None:
+        self._moved.set()
+
+    async def _pace(self, rate: float) -> None:
+        clock = self._environment.clock
+        self._paced = max(self._paced, clock.monotonic()) + 1 / rate
+        while self._paced > clock.monotonic():
+            self._check_open()
+            self._environment.timers.at(self._paced, self._moved.set)
+            await self._wait()
 
     async def _wait_for_portions(self, most: int) -> None:
         """Wait until at most so many pages are being delivered."""
@@ -310,14 +335,14 @@ class Replay:
     async def _advance(self) -> None:
         """Count the pages at the start that are done, and tell of each."""
         while self._portions and not self._portions[0].open:
-            self._summary = attrs.evolve(self._summary, position=self._portions.popleft().up_to)
-            result = None if self._progress is None else self._progress(self._summary)
+            self._counts.position = self._portions.popleft().up_to
+            result = None if self._progress is None else self._progress(self._summary())
             if isinstance(result, Awaitable) and inspect.isawaitable(result):
                 await result
 
     def _check_open(self) -> None:
         if self._dispatcher.closing:
-            raise BusNotOpen(f"the bus was closed during a replay; replay(after={self._summary.position}) goes on")
+            raise BusNotOpen(f"the bus was closed during a replay; replay(after={self._counts.position}) goes on")
         removed = [target.options.name for target in self._targets if target.closed]
         if removed:
             raise UnknownSubscription(f"{', '.join(map(repr, removed))} was removed during a replay to it")

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import attrs
+import msgspec
 
 from eventbus._lanes import Lane
 from eventbus._outcomes import Attempt, Failure, conflict_of, death_of
@@ -30,8 +30,7 @@ KNOWN = 1_000
 """Redriven dead letters that are in memory at once."""
 
 
-@attrs.define(eq=False)
-class Item:
+class Item(msgspec.Struct, eq=False):
     """One event to deliver beside the log.
 
     Attributes:
@@ -72,9 +71,9 @@ class SideSource:
 
     def take(self) -> Attempt | None:
         """The next item: one that is due again, or the next in order."""
-        now = self._lane.environment.clock.monotonic()
+        monotonic = self._lane.environment.clock.monotonic
         while True:
-            if self._waiting and self._waiting[0][0] <= now:
+            if self._waiting and self._waiting[0][0] <= monotonic():
                 item = heapq.heappop(self._waiting)[2]
             elif self._items:
                 item = self._items.popleft()

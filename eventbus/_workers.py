@@ -201,8 +201,8 @@ class _Task:
         """Serve lanes until the pool stops."""
         try:
             while not self._pool.stopping:
-                # The bus stops its workers itself; a cancellation from outside must not end them before. To make a scope costs more
-                # than to run most handlers, so there is a new one only when a handler was cancelled.
+                # The bus stops its workers itself; a cancellation from outside must not end them before. To make a scope costs
+                # more than to run most handlers, so there is a new one only when a handler was cancelled.
                 with anyio.CancelScope(shield=True) as scope:
                     self._scope = scope
                     await self._serve(scope)

@@ -29,8 +29,8 @@ Order = Literal["type", "key", "log", "none"]
 class Record(msgspec.Struct, eq=False, gc=False):
     """An event on its way: what `publish` made of it, and where it came to lie.
 
-    Not frozen, since the store gives it its `position` and one object goes all the way; nobody else changes it. A Struct, which is
-    made in a third of the time of other classes with slots; the garbage collector may pass it by, for nothing in it refers to it.
+    Not frozen, since the store gives it its `position` and one object goes all the way; nobody else changes it. A Struct, since
+    that is made in a third of the time; the garbage collector may pass it by, for nothing in it refers back to it.
 
     Attributes:
         position: its place in the log; 0 until it is committed, and while it is scheduled.

@@ -107,7 +107,8 @@ class Units(ConformanceBase):
         first = self.settle(store, unit)
         assert first.refused == {}
         before = (store.read(Lanes()), self.dead(store), self.waiting(store))
-        again = self.settle(store, msgspec.structs.replace(unit, published=(record("twice"),), death=death("Twice"), pause="twice"))
+        late = msgspec.structs.replace(unit, published=(record("twice"),), death=death("Twice"), pause="twice")
+        again = self.settle(store, late)
         assert again.refused == {0: "settled"}
         assert before == (store.read(Lanes()), self.dead(store), self.waiting(store))
         assert again.events == []
