@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("eventbus")
 
-QUEUE = 1_000
-"""Events that may wait in one lane."""
+QUEUE = 4_000
+"""Events that may wait in one lane; more than a thousand publishers at once put into a single commit."""
 PAGE = 500
 PAGE_BYTES = 1_048_576
 RECORD_OVERHEAD = 600
@@ -111,7 +111,7 @@ class Intake:
     def pop(self) -> Record | None:
         """The next event, or None: then more is on its way, or there is none."""
         queue = self._queue
-        if not self.live and len(queue) < PAGE // 2:
+        if not self.live and len(queue) < PAGE:
             self.feed.read()
         if not queue:
             return None
@@ -233,7 +233,7 @@ class Feed:
         """Read the next page for the lanes that are behind and have room."""
         if self._page or self.closed:
             return
-        wanting = [i.taken for i in self.intakes if not i.live and len(i) < PAGE // 2 and i.has_room()]
+        wanting = [i.taken for i in self.intakes if not i.live and len(i) < PAGE and i.has_room()]
         if not wanting:
             return
         self._pages += 1

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import attrs
-from anyio.lowlevel import checkpoint_if_cancelled
+import msgspec
 
 from eventbus.errors import (
     BusNotOpen,
@@ -73,8 +73,7 @@ class Listener(Protocol):
         """The journal has stopped for good; `told` says whether any caller was given the error."""
 
 
-@attrs.define(eq=False)
-class _Ticket:
+class _Ticket(msgspec.Struct, eq=False):
     """A caller who waits: for a group of records, or for a command. `kept`: the command is not given up with a failed commit."""
 
     decided: Callable[[], object]
@@ -169,7 +168,7 @@ class Journal:
         Waits while `max_pending` records are waiting before it. A cancellation before the group is queued means that it is
         not stored; after that, it is raised once the group is decided.
         """
-        await checkpoint_if_cancelled()
+        await self._loop.checkpoint_if_cancelled()
         if self._room or not self.is_open or not self._has_room(len(records)):
             await self._admit(len(records))
         else:

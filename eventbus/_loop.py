@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
@@ -43,7 +44,14 @@ class Waiter(Protocol):
 
 
 class Loop(Protocol):
-    """The event loop that a bus was opened on."""
+    """The event loop that a bus was opened on.
+
+    Attributes:
+        checkpoint_if_cancelled: raises the cancellation of the scopes around this task, if there is one. As anyio's function
+            of this name, without its search for the loop, which takes longer than to encode an event.
+    """
+
+    checkpoint_if_cancelled: Callable[[], Awaitable[None]]
 
     def post(self, function: Callable[..., object], *args: object) -> None:
         """Have the loop call a function soon; from any thread. RuntimeError if the loop is gone."""
@@ -65,10 +73,10 @@ class Loop(Protocol):
 def current_loop() -> Loop:
     """The running loop."""
     token = current_token()
-    native = token.native_token
+    native, checkpoint = token.native_token, token.backend_class.checkpoint_if_cancelled
     if isinstance(native, asyncio.AbstractEventLoop):
-        return _Asyncio(native)
-    return _Trio(native)  # type: ignore[arg-type]  # anyio has these two
+        return _Asyncio(native, checkpoint)
+    return _Trio(native, checkpoint)  # type: ignore[arg-type]  # anyio has these two
 
 
 def undisturbed(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -133,8 +141,10 @@ class _AsyncioWaiter:
 
 
 class _Asyncio:
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, checkpoint_if_cancelled: Callable[[], Awaitable[None]]) -> None:
         self._loop = loop
+        self._thread = threading.get_ident()
+        self.checkpoint_if_cancelled = checkpoint_if_cancelled
 
     def post(self, function: Callable[..., object], *args: object) -> None:
         self._loop.call_soon_threadsafe(function, *args)
@@ -143,11 +153,8 @@ class _Asyncio:
         return _AsyncioWaiter(self._loop)
 
     def check(self) -> None:
-        try:
-            running = asyncio.get_running_loop()
-        except RuntimeError:
-            running = None
-        if running is not self._loop:
+        # Only one loop runs in a thread. Until Python 3.12 to ask for it is a system call.
+        if threading.get_ident() != self._thread or not self._loop.is_running():
             raise _wrong_loop()
 
     def self_cancelled(self) -> Callable[[], int]:
@@ -208,8 +215,9 @@ class _TrioWaiter:
 
 
 class _Trio:
-    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
+    def __init__(self, token: trio.lowlevel.TrioToken, checkpoint_if_cancelled: Callable[[], Awaitable[None]]) -> None:
         self._token = token
+        self.checkpoint_if_cancelled = checkpoint_if_cancelled
 
     def post(self, function: Callable[..., object], *args: object) -> None:
         self._token.run_sync_soon(function, *args)
@@ -234,7 +242,28 @@ class _Trio:
         pass
 
 
-# ------------------------------------------------------------------ threads
+# ------------------------------------------------------------------ processes and threads
+
+
+class _Process:
+    """This process; a forked child is another."""
+
+
+_here = _Process()
+
+
+def this_process() -> object:
+    """Another object in a forked child, which has none of our threads. To ask for the pid would be a system call."""
+    return _here
+
+
+def _forked() -> None:
+    global _here  # noqa: PLW0603  # there is one process
+    _here = _Process()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def context_for_threads(context: Context) -> Context:

@@ -24,7 +24,7 @@ from eventbus._encoding import Encoder, handler_context
 from eventbus._intake import Budget
 from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
-from eventbus._loop import Loop, Worker, current_loop, undisturbed
+from eventbus._loop import Loop, Worker, current_loop, this_process, undisturbed
 from eventbus._reader import Reader
 from eventbus._recovery import Wanted, claim_lane, note_others, recover
 from eventbus._replay import History, Replay
@@ -86,6 +86,7 @@ class Running:
         self.loop: Loop = current_loop()
         self.ids = Ids(settings.clock)
         self.instance = self._instance()
+        self._process = this_process()
         self.journal = Journal(store, self.loop, settings.clock, settings.max_pending)
         self._writer = Worker("eventbus-writer")
         self._reader_thread = Worker("eventbus-reader") if store.features.concurrent_reads else None
@@ -127,7 +128,7 @@ class Running:
 
     def check(self) -> None:
         """Raise `WrongLoop` in another loop or thread, and in a forked child, which has none of our threads."""
-        if os.getpid() != self.instance.pid:
+        if this_process() is not self._process:
             raise WrongLoop("this process was forked from the one that opened the bus; make and open an EventBus of its own here")
         self.loop.check()
 
