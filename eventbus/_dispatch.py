@@ -270,7 +270,7 @@ class Serving:
         """What the attempt publishes: its outbox, and the events that the handler returned."""
         encoder = self._dispatcher.encoder
         if result is None:
-            returned: Iterable[object] = ()
+            returned: Sequence[object] = ()
         elif isinstance(result, (list, tuple)):
             returned = result
         else:
@@ -282,7 +282,7 @@ class Serving:
                     f"the handler of {self.options.name!r} returned {event!r:.80}; "
                     "return None, an event, or a list of events or Drafts"
                 )
-        return [*(attempt.outbox or ()), *encoder.records(list(returned))]
+        return [*(attempt.outbox or ()), *encoder.records(returned)]
 
 
 def lanes_wanted(

@@ -212,9 +212,9 @@ def _headers(parent: Attempt | None, added: Mapping[str, str], own: Mapping[str,
         cause = parent.record
         values["correlation_id"] = headers_of(cause).get("correlation_id", cause.id)
         values["causation_id"] = cause.id
-    values.update(added)
-    values.update(own or {})
-    for name, value in values.items():
+    of_users = {**added, **(own or {})}
+    values.update(of_users)
+    for name, value in of_users.items():
         if not isinstance(name, str) or not isinstance(value, str) or not storable(name + value):
             raise InvalidEvent(kind.name, f"headers[{name!r}]", f"headers are text for text, not {value!r:.80}")
     text = msgspec.json.encode(values).decode()

@@ -268,6 +268,8 @@ class HeldSource:
 
     def take(self) -> Attempt | None:
         """The next event of a held key that is due."""
+        if not self._held:
+            return None
         self._activate()
         for held in self._active:
             if held.running or held.reading:

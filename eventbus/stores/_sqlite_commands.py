@@ -173,7 +173,7 @@ class Commands:
         claimed = []
         for subscription, lane, start in command.lanes:
             state = known.get((subscription, lane)) or LaneState(subscription, lane, 0, start)
-            claimed.append(attrs.evolve(state, epoch=state.epoch + 1))
+            claimed.append(msgspec.structs.replace(state, epoch=state.epoch + 1))
         if claimed:
             write_lanes(self._connection, claimed, command.instance)
         return tuple(claimed)
@@ -191,7 +191,7 @@ class Commands:
             (name, after),
         )
         rewound = tuple(
-            attrs.evolve(
+            msgspec.structs.replace(
                 _fresh(state),
                 epoch=state.epoch + 1,
                 checkpoint=min(state.checkpoint, after),
@@ -309,7 +309,7 @@ def _json(value: object) -> str:
 
 def _fresh(state: LaneState) -> LaneState:
     """A lane whose next event was never tried."""
-    return attrs.evolve(state, attempt=0, due_at=None, first_failed_at=None, error=None)
+    return msgspec.structs.replace(state, attempt=0, due_at=None, first_failed_at=None, error=None)
 
 
 def _first_unsettled(connection: Connection, subscribed: Subscribed, head: int) -> int | None:

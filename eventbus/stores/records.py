@@ -6,7 +6,6 @@ store. Beside them stand the few rules that every store and the bus must share: 
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
 from typing import Literal
@@ -129,7 +128,7 @@ def storable(text: str) -> bool:
 
 def headers_of(record: Record) -> Mapping[str, str]:
     """The headers of a record as a mapping."""
-    return json.loads(record.headers) if record.headers else {}
+    return msgspec.json.decode(record.headers, type=dict[str, str]) if record.headers else {}
 
 
 # ------------------------------------------------------------------ what an attempt leaves behind
@@ -229,8 +228,7 @@ Refusal = Literal["fenced", "settled"]
 """Why a unit was left out: the lane's epoch is another now; the delivery was settled before."""
 
 
-@attrs.frozen
-class LaneState:
+class LaneState(msgspec.Struct, frozen=True):
     """A row of `lanes`. See `Unit` for the fields."""
 
     subscription: str

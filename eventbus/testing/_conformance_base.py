@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
-import attrs
+import msgspec
 import pytest
 
 from eventbus.stores.base import (
@@ -192,7 +192,7 @@ class ConformanceBase:
         waiting = Waiting(2, key, 1, NOW + 1, first_failed_at=NOW, error="ValueError: no stock")
         committed = self.settle(store, self.unit(state, 2, checkpoint=3, rows=(waiting,)))
         assert not committed.refused
-        return attrs.evolve(state, checkpoint=3)
+        return msgspec.structs.replace(state, checkpoint=3)
 
     def with_dead_letter(self, store: Store) -> tuple[LaneState, DeadLetterRow]:
         """A lane whose first event is a dead letter."""

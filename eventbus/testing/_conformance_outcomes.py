@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import attrs
 import msgspec
 import pytest
 
@@ -61,9 +60,9 @@ class Units(ConformanceBase):
         state = self.with_lane(store)
         retry: dict[str, Any] = {"attempt": 2, "due_at": NOW + 1.25, "first_failed_at": NOW, "error": "ValueError: no stock"}
         self.settle(store, self.unit(state, 1, checkpoint=0, **retry))
-        assert self.lane(store) == attrs.evolve(state, **retry)
+        assert self.lane(store) == msgspec.structs.replace(state, **retry)
         self.settle(store, self.unit(state, 1))
-        assert self.lane(store) == attrs.evolve(state, checkpoint=1)
+        assert self.lane(store) == msgspec.structs.replace(state, checkpoint=1)
 
     def test_unit_done_above_the_checkpoint(self, store: Store) -> None:
         """Positions settled above the checkpoint are kept with the lane."""
@@ -138,7 +137,7 @@ class Units(ConformanceBase):
         committed = self.settle(store, self.unit(state, 1, source="replay", checkpoint=2, death=death()))
         assert committed.refused == {}
         assert [letter.record.position for letter in self.dead(store)] == [1]
-        assert self.lane(store) == attrs.evolve(state, checkpoint=2, **retry)
+        assert self.lane(store) == msgspec.structs.replace(state, checkpoint=2, **retry)
 
     def test_commands_come_first(self, store: Store) -> None:
         """A claim fences the units that are in the same batch."""
