@@ -41,6 +41,11 @@ def to_datetime(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
+_SEED = 10
+"""Random bytes for each millisecond."""
+_SEEDS = 100
+
+
 class Ids:
     """Event ids: UUID version 7 (RFC 9562), as text, strictly increasing from call to call, from any thread.
 
@@ -55,6 +60,7 @@ class Ids:
         self._millisecond = 0
         self._head = ""
         self._counter = 0
+        self._random = b""
 
     def next(self) -> str:
         """The next id."""
@@ -78,7 +84,10 @@ class Ids:
         return [head + counter.to_bytes(6, "big").hex() for counter in range(first, first + count)]
 
     def _start(self, millisecond: int) -> None:
-        time, seed = f"{millisecond:012x}", self._entropy(10)
+        if len(self._random) < _SEED:
+            # Many at once: a call gives up the GIL, and a busy program would have to wait to get it back.
+            self._random = self._entropy(_SEEDS * _SEED)
+        time, seed, self._random = f"{millisecond:012x}", self._random[:_SEED], self._random[_SEED:]
         random = int.from_bytes(seed[:4], "big")
         # The counter's top bit starts at 0, so that it never reaches the bits before it.
         self._counter = int.from_bytes(seed[4:], "big") >> 1

@@ -268,13 +268,10 @@ class Serving:
 
     def published(self, attempt: Attempt, result: object) -> Sequence[Record]:
         """What the attempt publishes: its outbox, and the events that the handler returned."""
-        encoder = self._dispatcher.encoder
+        encoder, outbox = self._dispatcher.encoder, attempt.outbox or ()
         if result is None:
-            returned: Sequence[object] = ()
-        elif isinstance(result, (list, tuple)):
-            returned = result
-        else:
-            returned = (result,)
+            return outbox
+        returned: Sequence[object] = result if isinstance(result, (list, tuple)) else (result,)
         for item in returned:
             event = item.event if isinstance(item, Draft) else item
             if not encoder.is_event(event):
@@ -282,7 +279,7 @@ class Serving:
                     f"the handler of {self.options.name!r} returned {event!r:.80}; "
                     "return None, an event, or a list of events or Drafts"
                 )
-        return [*(attempt.outbox or ()), *encoder.records(returned)]
+        return (*outbox, *encoder.records(returned))
 
 
 def lanes_wanted(

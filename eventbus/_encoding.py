@@ -74,7 +74,7 @@ class Encoder:
 
     def is_event(self, thing: object) -> bool:
         """Whether this could be published."""
-        return is_event_class(type(thing))
+        return type(thing) in self._met or is_event_class(type(thing))
 
     def record(
         self,
