@@ -268,9 +268,11 @@ class Serving:
 
     def published(self, attempt: Attempt, result: object) -> Sequence[Record]:
         """What the attempt publishes: its outbox, and the events that the handler returned."""
-        encoder, outbox = self._dispatcher.encoder, attempt.outbox or ()
+        encoder, outbox = self._dispatcher.encoder, attempt.outbox or []
         if result is None:
             return outbox
+        if encoder.has_met(result):
+            return [*outbox, encoder.record(result)]
         returned: Sequence[object] = result if isinstance(result, (list, tuple)) else (result,)
         for item in returned:
             event = item.event if isinstance(item, Draft) else item
@@ -279,7 +281,7 @@ class Serving:
                     f"the handler of {self.options.name!r} returned {event!r:.80}; "
                     "return None, an event, or a list of events or Drafts"
                 )
-        return (*outbox, *encoder.records(returned))
+        return [*outbox, *encoder.records(returned)]
 
 
 def lanes_wanted(

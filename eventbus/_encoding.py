@@ -74,7 +74,11 @@ class Encoder:
 
     def is_event(self, thing: object) -> bool:
         """Whether this could be published."""
-        return type(thing) in self._met or is_event_class(type(thing))
+        return is_event_class(type(thing))
+
+    def has_met(self, thing: object) -> bool:
+        """Whether an event of this class was published before; a quick look."""
+        return type(thing) in self._met
 
     def record(
         self,

@@ -133,10 +133,8 @@ class LooseSource:
             return
         self._settle(attempt.record.position)
         if published:
-            now = self._lane.environment.clock.time()
-            self._lane.send(
-                "log", attempt.record.position, published=tuple(published), conflict=conflict_of(attempt, published, now)
-            )
+            conflict = conflict_of(attempt, published, self._lane.environment.clock)
+            self._lane.send("log", attempt.record.position, published=tuple(published), conflict=conflict)
         else:
             self._lane.settled(attempt.record.position)
 
@@ -283,8 +281,7 @@ class HeldSource:
 
     def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
         """The row moves to the next event of its key, or goes."""
-        now = self._lane.environment.clock.time()
-        conflict = conflict_of(attempt, published, now)
+        conflict = conflict_of(attempt, published, self._lane.environment.clock)
         self._go_on(attempt, published=tuple(published), conflict=conflict)
 
     def failed(self, failure: Failure) -> None:

@@ -18,6 +18,7 @@ from eventbus.errors import IdempotencyConflict
 from eventbus.stores.base import Death, Record
 
 if TYPE_CHECKING:
+    from eventbus._clock import Clock
     from eventbus._lanes import Lane, Source
 
 _TRACEBACK = 16_000
@@ -109,11 +110,12 @@ def death_of(failure: Failure, attempts: int, first_failed_at: float | None) -> 
     )
 
 
-def conflict_of(attempt: Attempt, published: Sequence[Record], now: float) -> Death | None:
+def conflict_of(attempt: Attempt, published: Sequence[Record], clock: Clock) -> Death | None:
     """How a delivery ends if an idempotency key that it publishes with turns out to be taken."""
     keys = [record.idempotency_key for record in published if record.idempotency_key is not None]
     if not keys:
         return None
+    now = clock.time()
     message = f"one of the idempotency keys {keys} that it published with belongs to an event of other content"
     return Death(IdempotencyConflict.__name__, message, "", attempt.number, now, now)
 

@@ -89,8 +89,7 @@ class SideSource:
         """It is over."""
         item = self._item(attempt)
         if item.letter is not None:
-            now = self._lane.environment.clock.time()
-            conflict = conflict_of(attempt, published, now)
+            conflict = conflict_of(attempt, published, self._lane.environment.clock)
             self._send(item, published=tuple(published), conflict=conflict)
         self._over(item, acked=True)
 

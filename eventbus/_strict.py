@@ -64,10 +64,8 @@ class StrictSource:
         """The checkpoint moves."""
         self._pass(attempt)
         if published:
-            now = self._lane.environment.clock.time()
-            self._lane.send(
-                "log", attempt.record.position, published=tuple(published), conflict=conflict_of(attempt, published, now)
-            )
+            conflict = conflict_of(attempt, published, self._lane.environment.clock)
+            self._lane.send("log", attempt.record.position, published=tuple(published), conflict=conflict)
         else:
             self._lane.settled(attempt.record.position)
 
