@@ -238,6 +238,11 @@ class Journal:
             if self._pending.units:
                 self._ring()
 
+    def ride(self) -> None:
+        """Let outcomes go with the next transaction."""
+        with self._lock:
+            self._pending.rides = True
+
     def job(self, job: Callable[[], object]) -> None:
         """Run a function between two transactions. It must not raise."""
         with self._lock:

@@ -34,8 +34,10 @@ _log = logging.getLogger("eventbus")
 
 AHEAD = 1_000
 """Deliveries that a lane may have settled ahead of what is stored."""
-SOON = 750
-"""… with which it does not wait for other outcomes any more, to be stored before it has to stop."""
+RIDE = 600
+"""… with which they go with the next transaction, whatever it is. A transaction of their own costs three times as much."""
+HURRY = 800
+"""… with which they go at once, to be stored before the lane has to stop."""
 
 
 class Source(Protocol):
@@ -197,6 +199,7 @@ class Lane:
         self._turn = 0
         self._serial = 0  # deliveries settled
         self._confirmed = 0  # … of which the store knows
+        self._ridden = 0  # … for which the journal was asked to let them ride
         self._dirty = False
         self._newest = 0  # position of the delivery that was settled last
         self._stored = state.checkpoint
@@ -333,8 +336,11 @@ class Lane:
             **parts,
         )
         self.environment.journal.settle(self, unit, self._serial)
-        if self._waiters or self._serial - self._confirmed >= SOON:
+        if self._waiters or self._serial - self._confirmed >= HURRY:
             self.environment.journal.flush()
+        elif self._serial - self._ridden >= RIDE:
+            self._ridden = self._serial
+            self.environment.journal.ride()
         return unit
 
     def confirmed(self, unit: Unit, serial: int, refusal: Refusal | None, *, conflict: bool) -> None:

@@ -15,10 +15,11 @@ import attrs
 import msgspec
 
 from eventbus.errors import EventBusError, InvalidSubscription, UnknownSubscription
-from eventbus.stores._sqlite_commit import HEAD, insert_events
+from eventbus.stores._sqlite_commit import HEAD
+from eventbus.stores._sqlite_insert import execute_rows, insert_events
 from eventbus.stores._sqlite_prune import prune
 from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, position_before, subscriptions, waiting_rows
-from eventbus.stores._sqlite_rows import EventRow, event_json, execute_rows, one, record_of, to_micros
+from eventbus.stores._sqlite_rows import EventRow, event_json, one, record_of, to_micros
 from eventbus.stores._sqlite_units import write_lanes
 from eventbus.stores.base import (
     Beat,

@@ -19,21 +19,8 @@ import attrs
 import msgspec
 
 from eventbus.errors import IdempotencyConflict
-from eventbus.stores._sqlite_rows import (
-    EVENT_WIDTH,
-    INSERT_EVENTS,
-    INSERT_SCHEDULED,
-    LANE_JSON,
-    ROWS,
-    LaneRow,
-    Value,
-    decode,
-    event_values,
-    execute_rows,
-    execute_values,
-    lane_of,
-    to_micros,
-)
+from eventbus.stores._sqlite_insert import execute_rows, fit_in_one, insert_events, insert_scheduled, insert_together
+from eventbus.stores._sqlite_rows import LANE_JSON, LaneRow, Value, decode, lane_of, to_micros
 from eventbus.stores.base import Batch, LaneState, Record, Stored
 
 LaneKey = tuple[str, str]
@@ -243,21 +230,12 @@ class Entering:
             execute_rows(connection, "INSERT INTO idempotency (key, event_id, position, digest, time)", rows)
 
 
-def insert_events(connection: sqlite3.Connection, events: Sequence[Record], first: int) -> None:
-    """Write events at positions that follow upon each other, from the one given."""
-    for some in _by_bytes(events):
-        for start in range(0, len(some), ROWS):
-            part = some[start : start + ROWS]
-            execute_values(connection, INSERT_EVENTS, EVENT_WIDTH, event_values(part, itertools.count(first)))
-            first += len(part)
-
-
 def only_appended(batch: Batch) -> list[Record] | None:
     """The events of a batch that does no more than append them, and does so in one statement; None of any other batch."""
     if batch.units or batch.commands:
         return None
     records = list(itertools.chain.from_iterable(batch.appends))
-    if not 0 < len(records) <= ROWS or sum([len(record.data) for record in records]) > _STATEMENT_BYTES:
+    if not records or not fit_in_one(records):
         return None
     for record in records:
         if record.idempotency_key is not None or record.due_at is not None:
@@ -271,35 +249,4 @@ def append_after(connection: sqlite3.Connection, head: int, records: Sequence[Re
     If the head is not the one given, since another connection has written, nothing is written; False then.
     """
     at_head = "AND (SELECT seq FROM sqlite_sequence WHERE name = 'events') IS ?"
-    values = event_values(records, itertools.count(head + 1))
-    return bool(execute_values(connection, INSERT_EVENTS, EVENT_WIDTH, values, at_head, last=(head or None,)))
-
-
-def insert_scheduled(connection: sqlite3.Connection, records: Sequence[Record]) -> None:
-    """Write events that wait for their time."""
-    for some in _by_bytes(records):
-        rows: list[tuple[Value, ...]] = []
-        for record in some:
-            due_at = record.due_at = to_micros(record.due_at or 0.0)
-            *values, _ = event_values((record,), (0,))
-            rows.append((*values, due_at, record.idempotency_key))
-        execute_rows(connection, INSERT_SCHEDULED, rows)
-
-
-def _by_bytes(records: Sequence[Record]) -> Iterable[Sequence[Record]]:
-    """Pieces of little data: a statement keeps what was bound to it last."""
-    if sum([len(record.data) for record in records]) <= _STATEMENT_BYTES:
-        return [records] if records else []
-    pieces: list[list[Record]] = [[]]
-    room = _STATEMENT_BYTES
-    for record in records:
-        size = len(record.data)
-        if size > room and pieces[-1]:
-            pieces.append([])
-            room = _STATEMENT_BYTES
-        pieces[-1].append(record)
-        room -= size
-    return pieces
-
-
-_STATEMENT_BYTES = 4 * 1_048_576
+    return bool(insert_together(connection, records, head + 1, at_head, (head or None,)))

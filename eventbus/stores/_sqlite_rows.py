@@ -8,11 +8,9 @@ microseconds, in which they are kept.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -28,16 +26,12 @@ from eventbus.stores.base import (
     Waiting,
     WaitingRow,
     checksum,
-    checksum_at,
 )
 
 T = TypeVar("T")
 R = TypeVar("R")
 Parameters = Sequence[Any] | Mapping[str, Any]
 Value = str | bytes | int | float | None
-
-ROWS = 512
-"""The most rows in one statement."""
 
 JSON = "application/json"
 
@@ -64,63 +58,6 @@ def _kept(seconds: float | None) -> float | None:
     return None if seconds is None else to_micros(seconds)
 
 
-@functools.lru_cache(maxsize=512)
-def _rows_text(head: str, width: int, room: int, tail: str) -> str:
-    row = f"({', '.join('?' * width)})"
-    return f"{head} SELECT * FROM (VALUES {', '.join([row] * room)}) WHERE column1 IS NOT NULL {tail}"
-
-
-def _room(rows: int) -> int:
-    """The next larger number of rows that has a text: exact up to 16, then in steps of at most an eighth."""
-    step = 1 << max(0, (rows - 1).bit_length() - 4)
-    return -(-rows // step) * step
-
-
-def execute_rows(
-    connection: sqlite3.Connection,
-    head: str,
-    rows: Sequence[tuple[Value, ...]],
-    tail: str = "",
-    first: tuple[Value, ...] = (),
-) -> None:
-    """`head <rows> tail`, in one statement for up to `ROWS` rows; the first value of a row must not be NULL.
-
-    Args:
-        first: values that `head` has before the rows.
-    """
-    for start in range(0, len(rows), ROWS):
-        some = rows[start : start + ROWS]
-        execute_values(connection, head, len(some[0]), [*first, *itertools.chain.from_iterable(some)], tail, first=len(first))
-
-
-def execute_values(
-    connection: sqlite3.Connection,
-    head: str,
-    width: int,
-    values: list[Value],
-    tail: str = "",
-    first: int = 0,
-    last: tuple[Value, ...] = (),
-) -> int:
-    """The same for rows of `width` values, at most `ROWS` of them, one behind the other in a list that is used up.
-
-    Args:
-        first: how many values `head` has before the rows. last: values that `tail` has.
-
-    Returns how many rows were written.
-
-    A statement keeps its bytecode, 1.3 KB a row, and the values bound last. With one for every number of rows that came to
-    170 MB for small events. So there are some 50 sizes; what is left over is filled up with NULLs, which the WHERE drops:
-    at most an eighth, 5 % of the time.
-    """
-    rows = (len(values) - first) // width
-    room = _room(rows)
-    if room > rows:
-        values += [None] * (width * (room - rows))
-    values += last
-    return connection.execute(_rows_text(head, width, room, tail), values).rowcount
-
-
 def decode(raw: bytes, decoder: msgspec.json.Decoder[list[T]], what: str) -> list[T]:
     """The rows in one value of JSON. Damaged text is let through, with a mark in place of what is not UTF-8: the checksum of its
     row tells on it, and the other rows are not lost with it."""
@@ -136,14 +73,8 @@ def decode(raw: bytes, decoder: msgspec.json.Decoder[list[T]], what: str) -> lis
 
 # ------------------------------------------------------------------ events
 
-_EVENT = "type, version, time, key, slot, headers, content_type, size, crc, data"
-INSERT_EVENTS = f"INSERT INTO events ({_EVENT}, id, position)"
-INSERT_SCHEDULED = f"INSERT INTO scheduled ({_EVENT}, id, due_at, idempotency_key)"
-COPIED_COLUMNS = _EVENT
-"""What a dead letter copies of its event, beside id and position."""
-
-EVENT_WIDTH = 12
-"""Values of a row of `INSERT_EVENTS`."""
+EVENT_COLUMNS = "type, version, time, key, slot, headers, content_type, size, crc, data"
+"""What a scheduled event and a dead letter have of an event, too: all but id and position."""
 
 EventRow = tuple[int, str, str, int, int, str | None, int, str | None, str, int, int, str]
 
@@ -168,48 +99,6 @@ def record_of(row: EventRow) -> Record:
     if found != crc:
         record.fault = f"its checksum is {found}, {crc} was stored with it: the row was damaged or changed"
     return record
-
-
-def event_values(records: Sequence[Record], positions: Iterable[int]) -> list[Value]:
-    """The values of `_EVENT`, the id and the position of each record, at the position given with it, one behind the other.
-
-    A record's time becomes exact to the microsecond.
-    """
-    seen, time, shown = None, 0.0, ""
-    values: list[Value] = []
-    for record, position in zip(records, positions, strict=False):
-        if record.time != seen:  # what is published together has one time
-            seen = time = to_micros(record.time)
-            record.time, shown = time, repr(time)
-        data, content_type = record.data, record.content_type
-        crc = checksum_at(record, position, shown)
-        if record.fault is not None:
-            crc ^= 0xFFFFFFFF  # what was damaged stays so, also where it is written anew
-        values += (
-            record.type,
-            record.version,
-            time,
-            record.key,
-            record.slot,
-            record.headers,
-            content_type,
-            len(data),
-            crc,
-            _data_value(content_type, data),
-            record.id,
-            position,
-        )
-    return values
-
-
-def _data_value(content_type: str, data: bytes) -> str | bytes:
-    """JSON is stored as text, for people and for SQL; anything else, and what only claims to be JSON, as it is."""
-    if content_type == JSON:
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            pass
-    return data
 
 
 # ------------------------------------------------------------------ lanes

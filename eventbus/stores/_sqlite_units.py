@@ -14,15 +14,15 @@ from typing import Literal
 
 from eventbus.errors import IdempotencyConflict
 from eventbus.stores._sqlite_commit import Entering, Found, LaneKey
+from eventbus.stores._sqlite_insert import execute_rows
 from eventbus.stores._sqlite_rows import (
-    COPIED_COLUMNS,
+    EVENT_COLUMNS,
     KEEP_OWNER,
     NEW_OWNER,
     ON_WAITING,
     UPSERT_LANES,
     UPSERT_WAITING,
     Value,
-    execute_rows,
     lane_values,
     to_micros,
     waiting_values,
@@ -186,8 +186,8 @@ _DEATH = "error_type, error, traceback, attempts, first_failed_at, last_failed_a
 
 _INSERT_DEAD = "WITH died (subscription, position, error_type, error, traceback, attempts, first_failed_at, last_failed_at) AS ("
 _FROM_LOG = (
-    f") INSERT INTO dead_letters (subscription, event_id, position, {_DEATH}, {COPIED_COLUMNS}) "
-    f"SELECT d.subscription, e.id, d.position, d.{_DEATH.replace(', ', ', d.')}, e.{COPIED_COLUMNS.replace(', ', ', e.')} "
+    f") INSERT INTO dead_letters (subscription, event_id, position, {_DEATH}, {EVENT_COLUMNS}) "
+    f"SELECT d.subscription, e.id, d.position, d.{_DEATH.replace(', ', ', d.')}, e.{EVENT_COLUMNS.replace(', ', ', e.')} "
     "FROM died d CROSS JOIN events e ON e.position = d.position WHERE true "
     "ON CONFLICT (subscription, event_id) DO UPDATE SET error_type = excluded.error_type, error = excluded.error, "
     "traceback = excluded.traceback, attempts = excluded.attempts, last_failed_at = excluded.last_failed_at"

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from eventbus.errors import PublishOutcomeUnknown, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreUnavailable
-from eventbus.stores import _sqlite_commit, _sqlite_read, _sqlite_rows
+from eventbus.stores import _sqlite_commit, _sqlite_insert, _sqlite_read, _sqlite_rows
 from eventbus.stores import sqlite as module
 from eventbus.stores.base import (
     Batch,
@@ -137,7 +137,7 @@ def test_more_than_a_statement_can_take(store: SQLiteStore) -> None:
 
 def test_statements_are_few(store: SQLiteStore) -> None:
     """There are some 50 sizes of statements, none more than an eighth too large: each holds on to its memory."""
-    rooms = [_sqlite_rows._room(rows) for rows in range(1, 513)]
+    rooms = [_sqlite_insert._room(rows) for rows in range(1, 513)]
     assert len(set(rooms)) < 60
     assert all(rows <= room <= rows * 1.13 for rows, room in enumerate(rooms, 1))
 
