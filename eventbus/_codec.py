@@ -127,11 +127,11 @@ class JSONCodec:
         if family_of(cls) is None:
             raise InvalidEventType(f"{label(cls)} is no event class")
         node = self._forms.node(cls)
-        dump, load = node.dump, node.load
+        dump = node.dump
         to_json, from_json = msgspec.json.Encoder().encode, msgspec.json.Decoder().decode
         return _Plan(
             dumps=lambda event: to_json(dump(event)),
-            loads=lambda data: load(from_json(data)),
+            loads=_loads(node, from_json),
             measured=deepest(node) > MAX_DEPTH,
             reads_back=reads_back(node),
             node=node,
@@ -169,6 +169,20 @@ class JSONCodec:
             if plan.node is None:
                 raise
             raise _locate(plan.node, msgspec.json.decode(data), error, _try_load, attrgetter("loaded_parts")) from error
+
+
+def _loads(node: Node, from_json: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    load, read = node.load, node.read
+    if read is None:
+        return lambda data: load(from_json(data))
+
+    def loads(data: bytes) -> Any:
+        try:
+            return read(data)
+        except Exception:  # noqa: BLE001  # raised again below, if it is not an event of an older version
+            return load(from_json(data))
+
+    return loads
 
 
 # ------------------------------------------------------------------ after a failure

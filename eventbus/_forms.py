@@ -22,7 +22,7 @@ from cattrs.preconf.msgspec import make_converter
 from eventbus._fields import family_of, fields_of, hints_of, label, unwrap
 from eventbus._foreign import foreign
 from eventbus._immutable import is_deeply_immutable
-from eventbus._leaves import LEAVES, STRAIGHT, Hook, path_hooks, subclass_hooks
+from eventbus._leaves import LEAVES, STRAIGHT, TYPED, Hook, path_hooks, subclass_hooks
 from eventbus._nodes import (
     JSON,
     MAPPINGS,
@@ -51,7 +51,8 @@ class Forms:
         self._nodes: dict[Any, Node] = {}
         self._begun: list[Any] = []
         for form, (dump, load, kind) in LEAVES.items():
-            self._nodes[form] = Node(form, dump, load, frozenset({kind}), (form,), straight=STRAIGHT.get(form, ""))
+            node = self._nodes[form] = Node(form, dump, load, frozenset({kind}), (form,), straight=STRAIGHT.get(form, ""))
+            node.typed = form if form in TYPED else Any
         self._nodes[NoneType].values = frozenset({(NoneType, None)})
         self._teach_converter()
 

@@ -219,6 +219,9 @@ STRAIGHT: Final[dict[type, str]] = {
 """Conditions on a local variable under which the first hook of `LEAVES` gives the value back as it is. They stand in the
 functions that are made for classes, and save a call for each field."""
 
+TYPED: Final[frozenset[type]] = frozenset({str, int, float, bool, NoneType, UUID})
+"""Classes for which msgspec, told to decode to them, takes and makes just what the second hook of `LEAVES` does."""
+
 STRAIGHT_NAMES: Final[dict[str, Any]] = {"Decimal": Decimal, "UUID": UUID, "datetime": datetime, "UTC": UTC}
 """What the conditions refer to, beside builtins."""
 

@@ -54,6 +54,9 @@ class Node:
         reads_back: decoding runs code of the user's or of another library; an event with such a value is read back before it
             is accepted.
         straight: a condition under which `dump` gives a value back as it is, as Python over `{0}`; "" where there is none.
+        typed: what msgspec may be told to decode to, for the value that `load` would make; Any where it cannot.
+        read: of a class, its object from bytes of JSON in one go. It raises for whatever is unusual, such as a missing field; then
+            `load` says what it is.
         form: the annotation.
     """
 
@@ -68,6 +71,8 @@ class Node:
     children: tuple[Node, ...] = ()
     reads_back: bool = False
     straight: str = ""
+    typed: Any = Any
+    read: Callable[[bytes], Any] | None = None
 
     @property
     def dumper(self) -> Hook:
@@ -344,6 +349,7 @@ def build_class(node: Node, cls: type, fields: list[tuple[Field, Node]]) -> None
     node.kinds, node.classes = frozenset({dict}), (cls,)
     node.children = tuple(child for _, child in fields)
     node.dump, node.load = _class_dumper(node, cls, fields), _class_loader(node, cls, fields)
+    node.read = _class_reader(cls, fields)
 
     def parts(value: Any) -> Iterable[Part]:
         return [(f".{f.name}", child, getattr(value, f.name)) for f, child in fields] if type(value) is cls else ()
@@ -414,6 +420,23 @@ def load(value):
     stored = frozenset(field.name for field, _ in fields)
     values = {"cls": cls, "form": node.form, "mismatch": mismatch, "names": stored, "load_older": load_older, **names}
     return _compiled(source, "load", values)
+
+
+def _class_reader(cls: type, fields: list[tuple[Field, Node]]) -> Hook | None:
+    """By way of a Struct that has the stored names and types of the fields: no dict, and no call for most of the values."""
+    if not all(_is_plain(field.alias) for field, _ in fields):
+        return None
+    attributes = [(f"f{i}", child.typed) for i, (_, child) in enumerate(fields)]
+    stored = msgspec.defstruct("Stored", attributes, rename={f"f{i}": field.name for i, (field, _) in enumerate(fields)})
+    values = [f"stored.f{i}" if child.typed is not Any else f"load_{i}(stored.f{i})" for i, (_, child) in enumerate(fields)]
+    arguments = [f"{f.alias + '=' if f.kw_only else ''}{value}" for (f, _), value in zip(fields, values, strict=True)]
+    source = f"""
+def read(data):
+    stored = decode(data)
+    return cls({", ".join(arguments)})
+"""
+    names = {f"load_{i}": child.loader for i, (_, child) in enumerate(fields)}
+    return _compiled(source, "read", {"cls": cls, "decode": msgspec.json.Decoder(stored).decode, **names})
 
 
 def _compiled(source: str, name: str, names: dict[str, Any]) -> Hook:

@@ -71,6 +71,7 @@ def _optional(node: Node, other: Node) -> None:
         node.dump = lambda value: None if value is None else dump(value)
         node.load = lambda value: None if value is None else load(value)
         node.straight = f"({{0}} is None or {other.straight})" if other.straight else "{0} is None"
+        node.typed = Any if other.typed is Any else other.typed | None
     else:
         node.dump, node.load = dump, load
     node.parts = lambda value: () if value is None else other.parts(value)

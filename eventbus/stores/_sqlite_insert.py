@@ -103,11 +103,9 @@ def insert_together(
     return _execute(connection, head, width, _values_of_alike(records, first, keyed=keyed), tail, last)
 
 
-_ALIKE = "INSERT INTO events (type, version, content_type, headers, time, slot, size, crc, data, id, position) SELECT ?, ?, ?, ?, * FROM"
-_ALIKE_WITH_KEYS = (
-    "INSERT INTO events (type, version, content_type, headers, time, slot, size, crc, data, id, position, key) "
-    "SELECT ?, ?, ?, ?, * FROM"
-)
+_COLUMNS_OF_ALIKE = "type, version, content_type, headers, time, slot, size, crc, data, id, position"
+_ALIKE = f"INSERT INTO events ({_COLUMNS_OF_ALIKE}) SELECT ?, ?, ?, ?, * FROM"
+_ALIKE_WITH_KEYS = f"INSERT INTO events ({_COLUMNS_OF_ALIKE}, key) SELECT ?, ?, ?, ?, * FROM"
 
 
 def _are_alike(records: Sequence[Record]) -> bool:
