@@ -23,7 +23,8 @@ _log = logging.getLogger("eventbus")
 
 QUEUE = 4_000
 """Events that may wait in one lane; more than a thousand publishers at once put into a single commit."""
-PAGE = 500
+PAGE = 2_000
+"""Events in a page: each costs the reader's thread some waits for the GIL."""
 PAGE_BYTES = 1_048_576
 RECORD_OVERHEAD = 600
 """Bytes that a waiting event takes beside its data, roughly."""
@@ -189,6 +190,10 @@ class Feed:
         self.head = head
         self._page = 0  # number of the page that is being read; 0: none
         self._pages = 0
+        # What was announced while the page was under way: with it a lane whose page has reached the head of then is at the head
+        # of now. None: it was too much, or not all of it was announced.
+        self._meanwhile: list[tuple[str, Sequence[Record]]] | None = None
+        self._room = 0
         self.intakes: list[Intake] = []
         self.closed = False
 
@@ -199,6 +204,11 @@ class Feed:
 
     def offer(self, type: str, records: Sequence[Record]) -> None:
         """Events of one type have been committed and are next in the log."""
+        if self._page and self._meanwhile is not None:
+            self._meanwhile.append((type, records))
+            self._room -= len(records)
+            if self._room < 0:
+                self._meanwhile = None
         if len(self.intakes) == 1:
             self._offer(self.intakes[0], type, records)
             return
@@ -221,6 +231,7 @@ class Feed:
         """Events have come into the log that nobody announced: read them."""
         for intake in self.intakes:
             intake.live = False
+        self._meanwhile = None
         self.read()
 
     def retype(self, types: tuple[str, ...] | None) -> None:
@@ -236,6 +247,7 @@ class Feed:
         wanting = [i.taken for i in self.intakes if not i.live and len(i) < PAGE and i.has_room()]
         if not wanting:
             return
+        self._meanwhile, self._room = [], QUEUE
         self._pages += 1
         number = self._page = self._pages
         after = min(wanting)
@@ -252,6 +264,7 @@ class Feed:
             self._timers.after(READ_AGAIN, self.read)
             return
         # An intake takes part if the page begins at or before the place that it has reached.
+        reaches_head = page.up_to >= self.head() or (page.up_to >= page.head and self._meanwhile is not None)
         behind: dict[Intake, list[Record]] = {
             i: [] for i in self.intakes if not i.live and i.taken >= after and i.forgotten == forgotten.get(i)
         }
@@ -260,8 +273,11 @@ class Feed:
             # What is offered to one lane may make another forget what it has.
             if intake.forgotten == forgotten[intake] and (not records or intake.offer(records)):
                 intake.taken = max(intake.taken, page.up_to)
-                intake.live = page.up_to >= self.head()
+                intake.live = reaches_head
                 intake.moved()
+        for type, some in (self._meanwhile or ()) if reaches_head else ():
+            self.offer(type, some)
+        self._meanwhile = None
         self.read()
 
     def _sort(self, records: Sequence[Record], behind: dict[Intake, list[Record]]) -> None:

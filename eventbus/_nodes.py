@@ -55,8 +55,8 @@ class Node:
             is accepted.
         straight: a condition under which `dump` gives a value back as it is, as Python over `{0}`; "" where there is none.
         typed: what msgspec may be told to decode to, for the value that `load` would make; Any where it cannot.
-        read: of a class, its object from bytes of JSON in one go. It raises for whatever is unusual, such as a missing field; then
-            `load` says what it is.
+        read: of a class, its object from bytes of JSON in one go. It raises for whatever is unusual, such as a missing field;
+            then `load` says what it is.
         form: the annotation.
     """
 

@@ -286,25 +286,30 @@ class Replay:
         self._portions.append(portion)
         for type, records in runs_by_type(page.records):
             targets = [t for t in self._targets if t.wants(type)] if matches(self._patterns, type) else []
-            for record in records if targets else ():
-                lanes = [lane for target in targets if (lane := target.lane_of(record))]
-                if lanes:
-                    if self._rate is not None:
-                        await self._pace(self._rate)
-                    self._hand_over(lanes, record, portion)
+            if not targets:
+                continue
+            if self._rate is None:
+                self._hand_over(targets, records, portion)
+                continue
+            for record in records:
+                await self._pace(self._rate)
+                self._hand_over(targets, (record,), portion)
         portion.open -= 1
         await self._advance()
 
-    def _hand_over(self, lanes: Sequence[Lane], record: Record, portion: _Portion) -> None:
-        self._counts.events += 1
-        if self._dry_run:
-            return
-        portion.open += len(lanes)
-        for lane in lanes:
+    def _hand_over(self, targets: Sequence[Serving], records: Sequence[Record], portion: _Portion) -> None:
+        items: dict[Lane, list[Item]] = {}
+        for record in records:
+            lanes = [lane for target in targets if (lane := target.lane_of(record))]
+            self._counts.events += bool(lanes)
+            for lane in lanes if not self._dry_run else ():
+                items.setdefault(lane, []).append(Item(record, portion.ended, self._goes_on))
+        for lane, some in items.items():
+            portion.open += len(some)
             source = self._sources.get(lane)
             if source is None:
                 source = self._sources[lane] = SideSource(lane)
-            source.add(Item(record, portion.ended, wanted=self._goes_on))
+            source.add(some)
 
     def _goes_on(self) -> bool:
         return not self._over

@@ -59,15 +59,16 @@ class SideSource:
         self._tie = itertools.count()
         self._running = 0
 
-    def add(self, item: Item) -> None:
-        """Deliver an item after those before it, or when it is due."""
+    def add(self, items: Sequence[Item]) -> None:
+        """Deliver items after those before them, or when they are due."""
         if self not in self._lane.sources:
             self._lane.sources.append(self)
-        if item.due_at is None:
-            self._items.append(item)
-            self._lane.wake()
-        else:
-            self._wait(item)
+        for item in items:
+            if item.due_at is None:
+                self._items.append(item)
+            else:
+                self._wait(item)
+        self._lane.wake()
 
     def take(self) -> Attempt | None:
         """The next item: one that is due again, or the next in order."""
@@ -243,7 +244,7 @@ class Redriver:
         if source is None:
             source = self._sources[lane] = SideSource(lane)
         due_at = row.due_at if row.attempt else None
-        source.add(Item(row.record, attempts=row.attempt, due_at=due_at, letter=row))
+        source.add([Item(row.record, attempts=row.attempt, due_at=due_at, letter=row)])
 
     def ended(self, letter: int) -> None:
         """The store knows what became of one; before that, it would be read and delivered again."""

@@ -34,6 +34,7 @@ from eventbus.stores._sqlite_rows import (
     micros,
     one,
     record_of,
+    records_of,
     subscribed_of,
     waiting_of,
 )
@@ -94,7 +95,7 @@ def _page(connection: Connection, query: Events) -> Page:
     rows.sort(key=_position)  # SQLite promises no order to an aggregate; this costs nothing where it is in order
     end = head if query.until is None else min(query.until, head)
     cut = last is not None and (kept < scanned or scanned >= query.limit)
-    return Page([record_of(row) for row in rows], last if cut else end, head)
+    return Page(records_of(rows), last if cut else end, head)
 
 
 def _position(row: tuple[Any, ...]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -25,7 +25,7 @@ from eventbus.stores.base import (
     Subscribed,
     Waiting,
     WaitingRow,
-    checksum,
+    checksum_at,
 )
 
 T = TypeVar("T")
@@ -90,15 +90,26 @@ def event_json(position: str = "e.position", id: str = "e.id") -> str:
 EVENT_ROWS = msgspec.json.Decoder(list[EventRow])
 
 
+def records_of(rows: Iterable[EventRow]) -> list[Record]:
+    """Records from their rows, their checksums verified."""
+    seen, seconds, shown = -1, 0.0, ""
+    records = []
+    for position, id, type, version, time, key, slot, headers, content_type, crc, is_blob, text in rows:
+        if time != seen:  # what was published together has one time
+            seen, seconds = time, time / 1e6
+            shown = repr(seconds)
+        data = bytes.fromhex(text) if is_blob else text.encode()
+        record = Record(id, type, version, seconds, key, slot, headers, content_type, data, None, None, position)
+        found = checksum_at(record, position, shown)
+        if found != crc:
+            record.fault = f"its checksum is {found}, {crc} was stored with it: the row was damaged or changed"
+        records.append(record)
+    return records
+
+
 def record_of(row: EventRow) -> Record:
-    """A record from its row, its checksum verified."""
-    position, id, type, version, time, key, slot, headers, content_type, crc, is_blob, text = row
-    data = bytes.fromhex(text) if is_blob else text.encode()
-    record = Record(id, type, version, time / 1e6, key, slot, headers, content_type, data, None, None, position)
-    found = checksum(record)
-    if found != crc:
-        record.fault = f"its checksum is {found}, {crc} was stored with it: the row was damaged or changed"
-    return record
+    """One of them."""
+    return records_of((row,))[0]
 
 
 # ------------------------------------------------------------------ lanes
