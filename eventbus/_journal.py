@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 import attrs
 import msgspec
 
+from eventbus._loop import Gate, Turn
 from eventbus.errors import (
     BusNotOpen,
     EventBusError,
@@ -39,9 +40,6 @@ _log = logging.getLogger("eventbus")
 
 OUTCOME_INTERVAL = 0.020
 """Seconds between commits that carry outcomes, unless somebody waits for them: an append alone is a cheaper transaction."""
-
-GIVE_WAY = 0.001
-"""Seconds for which the loop gives way to the writer's thread, at most."""
 
 RETRY_INTERVAL = 0.5
 """Seconds after which outcomes that could not be written are tried again, if nothing else is."""
@@ -109,22 +107,6 @@ def _plain(unit: Unit) -> bool:
     )
 
 
-class _Gate:
-    """Something that one thread waits at and another opens, once for each time. A `Condition` makes a lock for each wait."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def open(self) -> None:
-        """Let the one that waits, or comes next, pass; then it is closed again."""
-        self._lock.release()
-
-    def wait(self, seconds: float = math.inf) -> bool:
-        """Pass when it is open; False if it was not for so long."""
-        return self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX) if seconds < math.inf else -1)
-
-
 class Journal:
     """Runs the store's `open`, `commit` and `close` in a thread of its own."""
 
@@ -135,12 +117,10 @@ class Journal:
         self._max_pending = max_pending
         self._lock = threading.Lock()
         self._pending = _Pending()
-        self._bell = _Gate()
+        self._bell = Gate()
         self._asleep = False  # the thread waits for the bell
         self._dozing = False  # … or for the time at which outcomes are due
-        self._at_work = False  # it has taken something, and the store has it
-        self._door = _Gate()
-        self._giving_way = False  # the loop waits for it to come
+        self.turn = Turn()
         self._size = 0  # records handed in and not decided yet
         self._room: collections.deque[tuple[int, Waiter]] = collections.deque()
         self._closing = False
@@ -178,6 +158,7 @@ class Journal:
         with self._lock:
             self._pending.appends.append(ticket)
             self._ring()
+        self.turn.call()
         await waiter.wait_decided()
         if isinstance(ticket.result, Exception):
             raise ticket.result
@@ -257,23 +238,6 @@ class Journal:
         for _, waiter in self._room:
             waiter.set()
 
-    def give_way(self) -> None:
-        """Before much is done on the loop: let the writer's thread come to its work, if there is some.
-
-        It could not begin before the loop has nothing to do, or before CPython's switch interval is over (5 ms), since the loop
-        would hold the GIL. It holds the GIL itself for a moment, then not while the disk works; so both work at once.
-        """
-        with self._lock:
-            if self._at_work or not self._pending.appends:
-                return
-            self._giving_way = True
-        if not self._door.wait(GIVE_WAY):
-            with self._lock:
-                if self._giving_way:
-                    self._giving_way = False
-                else:
-                    self._door.wait()  # it has come in between
-
     def _ring(self) -> None:
         """Wake the thread, if it sleeps. With the lock held."""
         if self._asleep:
@@ -315,11 +279,11 @@ class Journal:
         while (pending := self._take()) is not None:
             if pending.appends or pending.commands or pending.units:
                 told = self._commit(pending)
-                self._at_work = False
+                self.turn.leave()
                 self._post(*told)
             for job in pending.jobs:
                 job()
-            self._at_work = False
+            self.turn.leave()
 
     def _commit(self, pending: _Pending) -> tuple[Callable[..., None], *tuple[object, ...]]:
         """Commit, and return what the loop is to call, and with what."""
@@ -366,10 +330,7 @@ class Journal:
     def _taken(self) -> _Pending:
         """What is pending; outcomes only where they are due, or more than moved checkpoints. With the lock held."""
         pending, self._pending = self._pending, _Pending()
-        self._at_work = True
-        if self._giving_way:
-            self._giving_way = False
-            self._door.open()
+        self.turn.come()
         pending.commands[:0] = pending.again
         now = self._clock.monotonic()
         if pending.urgent or pending.rides or pending.commands or self._closing or now >= self._outcomes_taken + OUTCOME_INTERVAL:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import queue
 import sys
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+GIVE_WAY = 0.001
+"""Seconds for which the loop gives way to a thread, at most."""
 
 
 class Waiter(Protocol):
@@ -273,6 +278,68 @@ def context_for_threads(context: Context) -> Context:
     if sniffio is not None:
         copy.run(sniffio.current_async_library_cvar.set, None)
     return copy
+
+
+class Gate:
+    """Something that one thread waits at and another opens, once for each time. A `Condition` makes a lock for each wait."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def open(self) -> None:
+        """Let the one that waits, or comes next, pass; then it is closed again."""
+        self._lock.release()
+
+    def wait(self, seconds: float = math.inf) -> bool:
+        """Pass when it is open; False if it was not for so long."""
+        return self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX) if seconds < math.inf else -1)
+
+
+class Turn:
+    """How the loop gives way to a thread before it does much itself.
+
+    A thread that is called could not begin before the loop has nothing to do, or before CPython's switch interval is over (5 ms),
+    since the loop holds the GIL. When the loop waits until the thread has come, that holds the GIL for a moment, and then not
+    while SQLite works; so both work at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._door = Gate()
+        self._called = self._busy = self._waited_for = False
+
+    def call(self) -> None:
+        """There is something for the thread to do. From any thread."""
+        with self._lock:
+            self._called = True
+
+    def come(self) -> None:
+        """In the thread: it begins with all that it was called for."""
+        with self._lock:
+            self._called, self._busy = False, True
+            if self._waited_for:
+                self._waited_for = False
+                self._door.open()
+
+    def leave(self) -> None:
+        """In the thread: it is done with it."""
+        self._busy = False
+
+    def give_way(self) -> None:
+        """On the loop: wait until the thread has come, if it was called and is not busy; at most `GIVE_WAY` seconds."""
+        if not self._called or self._busy:
+            return
+        with self._lock:
+            if not self._called or self._busy:
+                return
+            self._waited_for = True
+        if not self._door.wait(GIVE_WAY):
+            with self._lock:
+                if self._waited_for:
+                    self._waited_for = False
+                else:
+                    self._door.wait()  # it has come in between
 
 
 class Worker:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from eventbus.errors import BusNotOpen
 
 if TYPE_CHECKING:
-    from eventbus._loop import Loop
+    from eventbus._loop import Loop, Turn
     from eventbus.stores.base import Query, Store
 
 T = TypeVar("T")
@@ -22,13 +22,14 @@ _log = logging.getLogger("eventbus")
 
 
 class Reader:
-    """Asks the store; `submit` runs a function in the thread that may read."""
+    """Asks the store; `submit` runs a function in the thread that may read, whose turn is `turn`."""
 
-    def __init__(self, store: Store, loop: Loop, submit: Callable[[Callable[[], object]], object]) -> None:
+    def __init__(self, store: Store, loop: Loop, submit: Callable[[Callable[[], object]], object], turn: Turn) -> None:
         self._store = store
         self._loop = loop
         self._submit = submit
         self._closed = False
+        self.turn = turn
 
     def close(self) -> None:
         """Ask nothing any more."""
@@ -41,16 +42,19 @@ class Reader:
             return
 
         def ask() -> None:
+            self.turn.come()
             answer: T | BaseException
             try:
                 answer = self._store.read(query)
             except BaseException as error:  # noqa: BLE001  # it belongs to who asked
                 answer = error
+            self.turn.leave()
             try:
                 self._loop.post(then, answer)
             except RuntimeError:
                 _log.debug("the event loop is gone; nobody waits for this answer")
 
+        self.turn.call()
         self._submit(ask)
 
     async def ask(self, query: Query[T]) -> T:

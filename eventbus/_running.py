@@ -24,7 +24,7 @@ from eventbus._encoding import Encoder, handler_context
 from eventbus._intake import Budget
 from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
-from eventbus._loop import Loop, Worker, current_loop, this_process, undisturbed
+from eventbus._loop import Loop, Turn, Worker, current_loop, this_process, undisturbed
 from eventbus._reader import Reader
 from eventbus._recovery import Wanted, claim_lane, note_others, recover
 from eventbus._replay import History, Replay
@@ -90,8 +90,10 @@ class Running:
         self.journal = Journal(store, self.loop, settings.clock, settings.max_pending)
         self._writer = Worker("eventbus-writer")
         self._reader_thread = Worker("eventbus-reader") if store.features.concurrent_reads else None
-        submit = self.journal.job if self._reader_thread is None else self._reader_thread.submit
-        self.reader = Reader(store, self.loop, submit)
+        if self._reader_thread is None:
+            self.reader = Reader(store, self.loop, self.journal.job, self.journal.turn)
+        else:
+            self.reader = Reader(store, self.loop, self._reader_thread.submit, Turn())
         self.timers = Timers(settings.clock, self.loop)
         self.encoder = Encoder(settings.registry, settings.codec, self.ids, settings.clock, settings.max_event_bytes)
         self.decoder = Decoder(settings.registry, settings.codec)

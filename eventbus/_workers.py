@@ -257,7 +257,8 @@ class _Task:
 
     async def _run_quantum(self, lane: Lane, scope: anyio.CancelScope, self_cancelled: Callable[[], int]) -> None:
         lane.log.intake.touch()
-        self._environment.journal.give_way()
+        self._environment.journal.turn.give_way()
+        self._environment.reader.turn.give_way()
         monotonic, context = self._environment.clock.monotonic, self._pool.context
         is_async = lane.holder.options.is_async
         end = monotonic() + QUANTUM
