@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar, overload
 
-import attrs
+import msgspec
 
 from eventbus._fields import family_of, field_names, fields_of, label
 from eventbus._immutable import is_deeply_immutable
@@ -25,8 +25,7 @@ _MAX_NAME: Final = 255
 _ACCEPTED: Final = "an attrs class, a dataclass, a msgspec.Struct or a pydantic (version 2) model"
 
 
-@attrs.frozen
-class Declaration:
+class Declaration(msgspec.Struct, frozen=True):
     """What `@event` says about a class; kept in the class's own `__dict__`, so that subclasses do not share a name."""
 
     name: str | None = None
@@ -34,8 +33,7 @@ class Declaration:
     key: str | None = None
 
 
-@attrs.frozen
-class EventType:
+class EventType(msgspec.Struct, frozen=True):
     """A class and what is stored about it.
 
     Attributes:

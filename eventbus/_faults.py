@@ -17,6 +17,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import attrs
+import msgspec
 
 from eventbus._fields import family_of, field_names, label
 
@@ -248,8 +249,7 @@ def first_of(path: str) -> str:
     return re.split(r"[.\[]", path, maxsplit=1)[0]
 
 
-@attrs.frozen
-class Difference:
+class Difference(msgspec.Struct, frozen=True):
     """Where two values differ, and what stands there."""
 
     path: str

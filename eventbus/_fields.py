@@ -23,8 +23,7 @@ from eventbus.errors import InvalidEventType
 Family: TypeAlias = Literal["attrs", "dataclass", "struct", "pydantic"]
 
 
-@attrs.frozen
-class Field:
+class Field(msgspec.Struct, frozen=True):
     """One field of an event class.
 
     Attributes:
@@ -86,7 +85,7 @@ def fields_of(form: Any) -> tuple[Field, ...]:
     hints = hints_of(cls)
     variables = _variables(cls, get_args(form))
     fields = {"attrs": _attrs_fields, "dataclass": _dataclass_fields, "struct": _struct_fields}[str(family)](cls, hints)
-    return tuple(attrs.evolve(field, type=_filled(field, cls, variables)) for field in fields)
+    return tuple(msgspec.structs.replace(field, type=_filled(field, cls, variables)) for field in fields)
 
 
 def _attrs_fields(cls: type, hints: Mapping[str, Any]) -> Iterator[Field]:

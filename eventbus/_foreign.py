@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import attrs
 import msgspec
 
 from eventbus._faults import Fault, explain, is_fine
@@ -19,8 +18,7 @@ from eventbus._fields import family_of, label, mentions_sets
 from eventbus.errors import InvalidEventType
 
 
-@attrs.frozen
-class Foreign:
+class Foreign(msgspec.Struct, frozen=True):
     """An object's own way to JSON bytes and back. Both raise `Fault` with the field's path."""
 
     dumps: Callable[[Any], bytes]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-import attrs
 import msgspec
 
 from eventbus.errors import IdempotencyConflict
@@ -53,28 +52,24 @@ current_attempt: ContextVar[Attempt | None] = ContextVar("eventbus_current_attem
 """The attempt that runs in this context."""
 
 
-@attrs.frozen
-class Acked:
+class Acked(msgspec.Struct, frozen=True):
     """The handler is done; what it published is committed with the ack."""
 
     published: Sequence[Record] = ()
 
 
-@attrs.frozen
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """The attempt failed. `final`: another one cannot do better."""
 
     error: BaseException
     final: bool = False
 
 
-@attrs.frozen
-class Released:
+class Released(msgspec.Struct, frozen=True):
     """Given back uncounted: the bus is stopping."""
 
 
-@attrs.frozen
-class Undeliverable:
+class Undeliverable(msgspec.Struct, frozen=True):
     """This program has no class for the event, or an older one: the lane waits for a program that has."""
 
     reason: str
@@ -85,8 +80,7 @@ ACKED = Acked()
 RELEASED = Released()
 
 
-@attrs.define(eq=False)
-class Failure:
+class Failure(msgspec.Struct, eq=False):
     """What a source is told of a failed attempt: when to try again (seconds from now), or None to give up."""
 
     attempt: Attempt

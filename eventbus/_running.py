@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import attrs
+import msgspec
 
 from eventbus._clock import Clock, Ids
 from eventbus._decoding import Decoder
@@ -270,7 +271,7 @@ class Running:
             if kind.name in registration.types or not issubclass(kind.cls, wanted.options.classes):
                 continue
             types, derived = (*registration.types, kind.name), (*registration.derived, kind.name)
-            joined = attrs.evolve(registration, types=types, derived=derived)
+            joined = msgspec.structs.replace(registration, types=types, derived=derived)
             self._replace(wanted, joined)
             self.journal.submit(Register((joined,)), self._on_joined)
 

@@ -11,7 +11,6 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import attrs
 import msgspec
 
 from eventbus.errors import EventBusError, InvalidSubscription, UnknownSubscription
@@ -115,7 +114,7 @@ class Commands:
         for pattern in wanted.types:
             since.setdefault(pattern, head)
         derived = tuple(sorted({*known.derived, *wanted.derived}))
-        subscribed = attrs.evolve(
+        subscribed = msgspec.structs.replace(
             known, types=wanted.types, since=since, order=wanted.order, concurrency=wanted.concurrency, derived=derived
         )
         if subscribed != known:

@@ -15,7 +15,6 @@ import itertools
 import sqlite3
 from collections.abc import Iterable, Sequence
 
-import attrs
 import msgspec
 
 from eventbus.errors import IdempotencyConflict
@@ -29,8 +28,7 @@ HEAD = "coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)"
 """The log's last position, also when all was removed: AUTOINCREMENT remembers it."""
 
 
-@attrs.frozen
-class Known:
+class Known(msgspec.Struct, frozen=True):
     """An idempotency key that is taken."""
 
     event_id: str
@@ -38,8 +36,7 @@ class Known:
     digest: str
 
 
-@attrs.define
-class Found:
+class Found(msgspec.Struct):
     """What the store says about a batch before it is applied.
 
     Attributes:

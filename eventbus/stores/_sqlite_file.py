@@ -18,7 +18,7 @@ import stat
 import weakref
 from datetime import UTC, datetime
 
-import attrs
+import msgspec
 
 from eventbus.errors import StoreInUse, StoreLost, StoreUnavailable, StoreUnsafe
 from eventbus.stores.base import Instance
@@ -138,7 +138,7 @@ class LockFile:
             raise StoreUnavailable(f"{self._path} cannot be opened: {error}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            text = json.dumps(attrs.asdict(instance)).encode()
+            text = json.dumps(msgspec.structs.asdict(instance)).encode()
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, text, 0)
         except BlockingIOError:

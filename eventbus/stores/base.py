@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
-import attrs
+import msgspec
 
 from eventbus.stores.commands import (
     Beat,
@@ -145,8 +145,7 @@ T = TypeVar("T")
 # ------------------------------------------------------------------ the transaction
 
 
-@attrs.frozen
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """One transaction. Applied in this order: commands, appends, units.
 
     Attributes:
@@ -161,8 +160,7 @@ class Batch:
     commands: Sequence[Command[object]] = ()
 
 
-@attrs.frozen
-class Stored:
+class Stored(msgspec.Struct, frozen=True):
     """Where a published event came to lie. position is None while it is scheduled; duplicate says that its idempotency key
     was known, and that id and position are those of the first."""
 
@@ -171,8 +169,7 @@ class Stored:
     duplicate: bool = False
 
 
-@attrs.frozen
-class Committed:
+class Committed(msgspec.Struct, frozen=True):
     """What a transaction did; by the time it is returned it is durable.
 
     Attributes:
@@ -197,8 +194,7 @@ class Committed:
 # ------------------------------------------------------------------ the protocol
 
 
-@attrs.frozen
-class Features:
+class Features(msgspec.Struct, frozen=True):
     """What a store can do; checked when a bus opens it.
 
     Attributes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Generic
 
-import attrs
+import msgspec
 from typing_extensions import TypeVar
 
 from eventbus.stores.records import LaneState, Order
@@ -17,14 +17,12 @@ from eventbus.stores.records import LaneState, Order
 T_co = TypeVar("T_co", covariant=True)
 
 
-@attrs.frozen
-class Command(Generic[T_co]):
+class Command(msgspec.Struct, Generic[T_co], frozen=True):
     """A write that is not on the path of an event. Its result stands in `Committed.results`; an `EventBusError` there
     means that this command wrote nothing (the others of the batch did)."""
 
 
-@attrs.frozen
-class Instance:
+class Instance(msgspec.Struct, frozen=True):
     """One running bus in one process."""
 
     id: str
@@ -34,8 +32,7 @@ class Instance:
     started: float
 
 
-@attrs.frozen
-class Registration:
+class Registration(msgspec.Struct, frozen=True):
     """A subscription as its program declares it.
 
     Attributes:
@@ -54,8 +51,7 @@ class Registration:
     derived: tuple[str, ...] = ()
 
 
-@attrs.frozen
-class Subscribed:
+class Subscribed(msgspec.Struct, frozen=True):
     """A subscription as it is stored.
 
     Attributes:
@@ -75,8 +71,7 @@ class Subscribed:
     derived: tuple[str, ...] = ()
 
 
-@attrs.frozen
-class Register(Command[tuple[Subscribed, ...]]):
+class Register(Command[tuple[Subscribed, ...]], frozen=True):
     """Store subscriptions, or bring stored ones up to date; the result is how they stand, in the order given.
 
     A change of `order` or `concurrency` is applied if the subscription has nothing unsettled (its lanes are made anew,
@@ -85,8 +80,7 @@ class Register(Command[tuple[Subscribed, ...]]):
     subscriptions: tuple[Registration, ...]
 
 
-@attrs.frozen
-class Claim(Command[tuple[LaneState, ...]]):
+class Claim(Command[tuple[LaneState, ...]], frozen=True):
     """Become the owner of lanes: each gets the next epoch, which fences whoever owned it before. A lane without a row
     begins at the position given with it. The results stand in the order of `lanes`: (subscription, lane, start)."""
 
@@ -94,16 +88,14 @@ class Claim(Command[tuple[LaneState, ...]]):
     lanes: tuple[tuple[str, str, int], ...]
 
 
-@attrs.frozen
-class Beat(Command[None]):
+class Beat(Command[None], frozen=True):
     """This instance is alive; writes its row of `instances`, or removes it with `leaving`."""
 
     instance: Instance
     leaving: bool = False
 
 
-@attrs.frozen
-class Pause(Command[None]):
+class Pause(Command[None], frozen=True):
     """Pause a subscription, with the reason; with None, resume it: its waiting deliveries are due now, at attempt 0.
     `UnknownSubscription` if there is none."""
 
@@ -111,8 +103,7 @@ class Pause(Command[None]):
     reason: str | None
 
 
-@attrs.frozen
-class Unsubscribe(Command[None]):
+class Unsubscribe(Command[None], frozen=True):
     """Remove a subscription, its lanes and its waiting deliveries. Its dead letters stay.
 
     `UnknownSubscription` if there is none.
@@ -121,8 +112,7 @@ class Unsubscribe(Command[None]):
     subscription: str
 
 
-@attrs.frozen
-class Rewind(Command[tuple[LaneState, ...]]):
+class Rewind(Command[tuple[LaneState, ...]], frozen=True):
     """Set all checkpoints of a subscription to `after`, where they are above it: what lies after it is handled again, as
     if it were new. Its waiting deliveries and its dead letters at positions above `after` go (a dead letter only where its
     event is still in the log); each lane gets the next epoch and attempt 0. A start (`Subscribed.since`) above `after`
@@ -132,16 +122,14 @@ class Rewind(Command[tuple[LaneState, ...]]):
     after: int
 
 
-@attrs.frozen
-class Cancel(Command[bool]):
+class Cancel(Command[bool], frozen=True):
     """Remove a scheduled event. False if it is not there: it was delivered, cancelled before, or never scheduled. Its
     idempotency key goes with it."""
 
     event_id: str
 
 
-@attrs.frozen
-class Promote(Command[float | None]):
+class Promote(Command[float | None], frozen=True):
     """Move the scheduled events that are due at `now` into the log, at most `limit`, in order of due time, then id; each
     keeps its id and gets `now` as its time. The result is when the next one is due (unix seconds), or None. The events
     stand in `Committed.events`."""
@@ -150,8 +138,7 @@ class Promote(Command[float | None]):
     limit: int
 
 
-@attrs.frozen
-class DeadLetterFilter:
+class DeadLetterFilter(msgspec.Struct, frozen=True):
     """Which dead letters: all conditions must hold; None means any.
 
     Attributes:
@@ -169,23 +156,20 @@ class DeadLetterFilter:
     redriving: bool | None = None
 
 
-@attrs.frozen
-class Redrive(Command[tuple[str, ...]]):
+class Redrive(Command[tuple[str, ...]], frozen=True):
     """Mark dead letters as being redriven: due now, attempt 0. Those that are already are left as they are. The result
     names the subscription of each that was marked."""
 
     filter: DeadLetterFilter
 
 
-@attrs.frozen
-class Discard(Command[int]):
+class Discard(Command[int], frozen=True):
     """Delete dead letters, also those being redriven. The result is how many."""
 
     filter: DeadLetterFilter
 
 
-@attrs.frozen
-class Prune(Command[int | None]):
+class Prune(Command[int | None], frozen=True):
     """Remove events published before `before` (unix seconds) that no subscription needs, looking at no more than `limit`
     events after the position `after`. An event is needed by a subscription (a stored one, whether or not it has a handler)
     if its type matches `since` and it lies above both the start and the checkpoint of its lane, or in the reach of a

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Generic
 
-import attrs
+import msgspec
 from typing_extensions import TypeVar
 
 from eventbus.stores.commands import DeadLetterFilter, Subscribed
@@ -18,13 +18,11 @@ from eventbus.stores.records import SLOTS, Death, LaneState, Record, Waiting
 T_co = TypeVar("T_co", covariant=True)
 
 
-@attrs.frozen
-class Query(Generic[T_co]):
+class Query(msgspec.Struct, Generic[T_co], frozen=True):
     """A question to the store; each sees one consistent state of it."""
 
 
-@attrs.frozen
-class Page:
+class Page(msgspec.Struct, frozen=True):
     """A stretch of the log.
 
     Attributes:
@@ -39,8 +37,7 @@ class Page:
     head: int
 
 
-@attrs.frozen
-class Events(Query[Page]):
+class Events(Query[Page], frozen=True):
     """Events after a position, at most `limit` of them and at most `max_bytes` of data (but at least one event).
 
     Attributes:
@@ -59,32 +56,27 @@ class Events(Query[Page]):
     until_time: float | None = None
 
 
-@attrs.frozen
-class EventsAt(Query[tuple[Record, ...]]):
+class EventsAt(Query[tuple[Record, ...]], frozen=True):
     """The events at these positions, by position; those that are gone are left out."""
 
     positions: tuple[int, ...]
 
 
-@attrs.frozen
-class Types(Query[Mapping[str, int]]):
+class Types(Query[Mapping[str, int]], frozen=True):
     """The names of the types in the log, each with the position of its last event."""
 
 
-@attrs.frozen
-class Subscriptions(Query[tuple[Subscribed, ...]]):
+class Subscriptions(Query[tuple[Subscribed, ...]], frozen=True):
     """All stored subscriptions, by name."""
 
 
-@attrs.frozen
-class Lanes(Query[tuple[LaneState, ...]]):
+class Lanes(Query[tuple[LaneState, ...]], frozen=True):
     """All lanes, or those of one subscription."""
 
     subscription: str | None = None
 
 
-@attrs.frozen
-class WaitingRow:
+class WaitingRow(msgspec.Struct, frozen=True):
     """A waiting delivery and the lane it belongs to."""
 
     subscription: str
@@ -92,15 +84,13 @@ class WaitingRow:
     waiting: Waiting
 
 
-@attrs.frozen
-class WaitingRows(Query[tuple[WaitingRow, ...]]):
+class WaitingRows(Query[tuple[WaitingRow, ...]], frozen=True):
     """The rows of `deliveries`, by position: of one subscription, or of all."""
 
     subscription: str | None = None
 
 
-@attrs.frozen
-class DeadLetterRow:
+class DeadLetterRow(msgspec.Struct, frozen=True):
     """A row of `dead_letters`. `record` is its own copy of the event; attempt and due_at belong to the redrive."""
 
     id: int
@@ -112,8 +102,7 @@ class DeadLetterRow:
     due_at: float | None
 
 
-@attrs.frozen
-class DeadLetters(Query[tuple[DeadLetterRow, ...]]):
+class DeadLetters(Query[tuple[DeadLetterRow, ...]], frozen=True):
     """Dead letters with an id above `after`, by id."""
 
     filter: DeadLetterFilter
@@ -121,27 +110,23 @@ class DeadLetters(Query[tuple[DeadLetterRow, ...]]):
     limit: int | None = None
 
 
-@attrs.frozen
-class CountDeadLetters(Query[Mapping[str, int]]):
+class CountDeadLetters(Query[Mapping[str, int]], frozen=True):
     """How many dead letters each subscription has."""
 
 
-@attrs.frozen
-class Find(Query[Record | None]):
+class Find(Query[Record | None], frozen=True):
     """The event with this id, in the log (position > 0) or scheduled (position 0)."""
 
     event_id: str
 
 
-@attrs.frozen
-class PositionBefore(Query[int]):
+class PositionBefore(Query[int], frozen=True):
     """The last position before the first event published at or after `time` (unix seconds); the head if there is none."""
 
     time: float
 
 
-@attrs.frozen
-class Retained:
+class Retained(msgspec.Struct, frozen=True):
     """What the log holds. pruned_to, pruned_time: position and time of the newest event that retention has removed, 0 if none."""
 
     head: int
@@ -150,18 +135,15 @@ class Retained:
     events: int
 
 
-@attrs.frozen
-class LogState(Query[Retained]):
+class LogState(Query[Retained], frozen=True):
     """What the log holds. `events` is exact up to 10,000 and 10,001 beyond."""
 
 
-@attrs.frozen
-class NextDue(Query[float | None]):
+class NextDue(Query[float | None], frozen=True):
     """When the next scheduled event is due (unix seconds)."""
 
 
-@attrs.frozen
-class Lag(Query[tuple[int, float | None]]):
+class Lag(Query[tuple[int, float | None]], frozen=True):
     """How many events of these types (None: all) lie after `after` up to `until` (None: the head), in the slots
     from `slots[0]` up to and without `slots[1]`, counted up to `limit`; and the time (unix seconds) of the first."""
 
@@ -172,8 +154,7 @@ class Lag(Query[tuple[int, float | None]]):
     until: int | None = None
 
 
-@attrs.frozen
-class LagOfRows(Query[tuple[int, float | None]]):
+class LagOfRows(Query[tuple[int, float | None]], frozen=True):
     """How many events the waiting deliveries of a subscription stand for, counted up to `limit`, and the time (unix seconds)
     of the oldest of them. A row without a key is one event; one with a key stands for the events of that key, of these types
     (None: all), from its position up to its lane's checkpoint."""

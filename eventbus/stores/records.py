@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Mapping
 from typing import Literal
 
-import attrs
 import msgspec
 
 LARGEST = 2**63 - 1
@@ -134,8 +133,7 @@ def headers_of(record: Record) -> Mapping[str, str]:
 # ------------------------------------------------------------------ what an attempt leaves behind
 
 
-@attrs.frozen
-class Waiting:
+class Waiting(msgspec.Struct, frozen=True):
     """A row of `deliveries`: a delivery, or a key from this position on, that the lane's checkpoint has passed unsettled.
 
     Attributes:
@@ -157,8 +155,7 @@ class Waiting:
     error: str | None = None
 
 
-@attrs.frozen
-class Death:
+class Death(msgspec.Struct, frozen=True):
     """A delivery that is given up on. The store copies the event itself from the log into the dead letter."""
 
     error_type: str

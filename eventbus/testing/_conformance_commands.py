@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import attrs
+import msgspec
 import pytest
 
 from eventbus.errors import InvalidSubscription, UnknownSubscription
@@ -37,7 +37,7 @@ class Commands(ConformanceBase):
         """A command that fails writes nothing; the others of its batch, and its events and units, do."""
         state = self.with_lane(store)
         good, bad = Registration("good", ("a",), "type", 1), Registration("mailer", ("order.created",), "log", 1)
-        commands = [Pause("nobody", "why"), Register((attrs.evolve(good, name="lost"), bad)), Register((good,))]
+        commands = [Pause("nobody", "why"), Register((msgspec.structs.replace(good, name="lost"), bad)), Register((good,))]
         committed = store.commit(Batch(NOW, appends=[records(1)], units=[self.unit(state, 1)], commands=commands))
         assert isinstance(committed.results[0], UnknownSubscription)
         assert isinstance(committed.results[1], InvalidSubscription)
