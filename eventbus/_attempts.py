@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any
 
-import attrs
+import msgspec
 
 from eventbus._outcomes import ACKED, Acked, Attempt, Failed, Outcome, Undeliverable, current_attempt
 from eventbus.errors import HandlerTimeout, UndecodableEvent, UnknownEventType
@@ -65,8 +65,7 @@ def run_plain(attempt: Attempt, base: Context) -> Outcome:
         return failed(attempt, error)
 
 
-@attrs.frozen(eq=False)
-class Suspended:
+class Suspended(msgspec.Struct, frozen=True, eq=False):
     """An attempt of an async handler that waits for something; it is run to its end by awaiting `finish`."""
 
     _attempt: Attempt

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, Protocol
 
-import attrs
 import msgspec
 from cattrs import Converter
 
@@ -57,8 +56,7 @@ class Codec(Protocol):
         """
 
 
-@attrs.frozen(eq=False)
-class _Plan:
+class _Plan(msgspec.Struct, frozen=True, eq=False):
     """What is decided about a class.
 
     Attributes:

@@ -190,8 +190,7 @@ def _ignoring_type(load: Hook) -> Any:
     return lambda value, _: load(value)
 
 
-@attrs.frozen(eq=False)
-class _Load:
+class _Load(msgspec.Struct, frozen=True, eq=False):
     """A hook of ours in the converter; a class, so that it can be told from a user's."""
 
     node: Node
@@ -200,8 +199,7 @@ class _Load:
         return self.node.load(value)
 
 
-@attrs.frozen(eq=False)
-class _Dump:
+class _Dump(msgspec.Struct, frozen=True, eq=False):
     node: Node
 
     def __call__(self, value: Any) -> Any:

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
-import attrs
 import msgspec
 
 from eventbus._loop import Gate, Turn
@@ -81,16 +80,15 @@ class _Ticket(msgspec.Struct, eq=False):
     result: object = None
 
 
-@attrs.define(eq=False)
-class _Pending:
+class _Pending(msgspec.Struct, eq=False):
     """What the next commit takes."""
 
-    appends: list[_Ticket] = attrs.field(factory=list)
-    commands: list[_Ticket] = attrs.field(factory=list)
-    again: list[_Ticket] = attrs.field(factory=list)  # submitted commands that could not be written before
-    units: list[tuple[Settling, Unit, int]] = attrs.field(factory=list)
-    last: dict[tuple[str, str], int] = attrs.field(factory=dict)  # index in units of each lane's newest, for coalescing
-    jobs: list[Callable[[], object]] = attrs.field(factory=list)
+    appends: list[_Ticket] = []
+    commands: list[_Ticket] = []
+    again: list[_Ticket] = []  # submitted commands that could not be written before
+    units: list[tuple[Settling, Unit, int]] = []
+    last: dict[tuple[str, str], int] = {}  # index in units of each lane's newest, for coalescing
+    jobs: list[Callable[[], object]] = []
     urgent: bool = False  # outcomes go at once
     rides: bool = False  # … or with whatever else is next
 

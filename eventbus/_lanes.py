@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import attrs
+import msgspec
 
 from eventbus._outcomes import Acked, Attempt, Failed, Failure, Outcome, Undeliverable, summary_of
 from eventbus._retry import next_delay
@@ -138,8 +138,7 @@ class Holder(Protocol):
         """What the attempt publishes: its outbox, and the events that the handler returned. From any thread."""
 
 
-@attrs.define(eq=False)
-class Environment:
+class Environment(msgspec.Struct, eq=False):
     """What lanes are given of the world, and have in common.
 
     Attributes:
@@ -154,7 +153,7 @@ class Environment:
     random: Callable[[], float]
     schedule: Callable[[Lane], object]
     notify: Callable[[Moment], object]
-    cascades: list[Cascade] = attrs.field(factory=list)
+    cascades: list[Cascade] = []
     scheduled: Callable[[float], object] = lambda _due_at: None
     halted: bool = False
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import attrs
+import msgspec
 
 from eventbus._intake import READ_AGAIN
 from eventbus._lanes import Lane
@@ -38,8 +38,7 @@ Hold = str | int
 """What a row stands for: a key, or the position of a single event."""
 
 
-@attrs.define(eq=False)
-class Held:
+class Held(msgspec.Struct, eq=False):
     """A row of `deliveries`, and how far its events have been read.
 
     Attributes:
@@ -54,7 +53,7 @@ class Held:
     up_to: int
     attempts: int = 0
     first_failed_at: float | None = None
-    backlog: deque[Record] = attrs.field(factory=deque)
+    backlog: deque[Record] = msgspec.field(default_factory=deque)
     read_to: int = 0
     active: bool = False
     reading: bool = False

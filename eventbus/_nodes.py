@@ -13,7 +13,6 @@ from keyword import iskeyword
 from types import NoneType
 from typing import Any, Final, TypeAlias, cast
 
-import attrs
 import msgspec
 
 from eventbus._faults import MAX_DEPTH, Fault, check_json, mismatch, shown
@@ -40,8 +39,7 @@ def _unfinished(value: Any) -> Any:
     raise AssertionError(f"a node was used before it was built, for {value!r}")
 
 
-@attrs.define(eq=False)
-class Node:
+class Node(msgspec.Struct, eq=False):
     """What an annotation means.
 
     Attributes:

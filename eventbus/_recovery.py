@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import attrs
+import msgspec
 
 from eventbus._dispatch import Dispatcher, Serving
 from eventbus.errors import EventBusError
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("eventbus")
 
 
-@attrs.frozen
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """A subscription of this program: its options, the types it is for now, and whether it is dispatched here."""
 
     options: Subscription

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Self
 
-import attrs
+import msgspec
 
 from eventbus._intake import runs_by_type
 from eventbus._lanes import Lane
@@ -35,8 +35,7 @@ Point = datetime | int | None
 Progress = Callable[[ReplaySummary], object]
 
 
-@attrs.frozen
-class Range:
+class Range(msgspec.Struct, frozen=True):
     """A stretch of the log.
 
     Attributes:
@@ -186,8 +185,7 @@ def targets_of(dispatcher: Dispatcher, declared: Declared, to: object) -> list[S
     return targets
 
 
-@attrs.define
-class _Counts:
+class _Counts(msgspec.Struct):
     """What a replay has done so far; see `ReplaySummary`."""
 
     position: int
@@ -196,8 +194,7 @@ class _Counts:
     dead: int = 0
 
 
-@attrs.define(eq=False)
-class _Portion:
+class _Portion(msgspec.Struct, eq=False):
     """A page that is being delivered."""
 
     up_to: int

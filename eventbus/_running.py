@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
-import attrs
 import msgspec
 
 from eventbus._clock import Clock, Ids
@@ -63,8 +62,7 @@ WAITING_BYTES = 16 * 1024 * 1024
 """Bytes of events that wait in lanes, over the whole bus."""
 
 
-@attrs.frozen
-class Settings:
+class Settings(msgspec.Struct, frozen=True):
     """What `EventBus` was given, checked; seconds."""
 
     name: str | None
@@ -276,7 +274,7 @@ class Running:
             self.journal.submit(Register((joined,)), self._on_joined)
 
     def _replace(self, wanted: Wanted, registration: Registration) -> None:
-        changed = attrs.evolve(wanted, registration=registration)
+        changed = msgspec.structs.replace(wanted, registration=registration)
         self._wanted = [changed if each is wanted else each for each in self._wanted]
 
     def _on_joined(self, result: tuple[Subscribed, ...] | Exception) -> None:

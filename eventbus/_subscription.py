@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Literal, NoReturn, TypeGuard, get_args
 
-import attrs
+import msgspec
 
 from eventbus._retry import RetryPolicy
 from eventbus.errors import InvalidSubscription, NotSupported
@@ -32,8 +32,7 @@ MOST_LANES = 1024
 DEFAULT_CONCURRENCY: dict[Order, int] = {"type": 1, "log": 1, "key": 16, "none": 16}
 
 
-@attrs.frozen(eq=False)
-class Subscription:
+class Subscription(msgspec.Struct, frozen=True, eq=False):
     """A durable tie between event types and a handler, and the options of `bus.subscribe`.
 
     Attributes:
@@ -114,8 +113,7 @@ def subscription_of(
     )
 
 
-@attrs.frozen
-class _Complaint:
+class _Complaint(msgspec.Struct, frozen=True):
     """Raises InvalidSubscription with the subscription's name in front."""
 
     name: str

@@ -11,7 +11,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-import attrs
+import msgspec
 
 from eventbus.errors import BusNotOpen, EventBusError
 from eventbus.stores.base import Beat, Instance, NextDue, Promote, Prune
@@ -29,8 +29,7 @@ _PRUNE_PAUSE = 0.05
 _RETRY = 1.0
 
 
-@attrs.frozen
-class Keeping:
+class Keeping(msgspec.Struct, frozen=True):
     """How long things are kept, and how often the instance shows itself; seconds."""
 
     retention: float | None

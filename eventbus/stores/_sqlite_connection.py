@@ -13,7 +13,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 
-import attrs
+import msgspec
 
 from eventbus.errors import StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreUnavailable, StoreUnsafe
 
@@ -99,8 +99,7 @@ def _set(connection: sqlite3.Connection, name: str, value: int | str) -> None:
         )
 
 
-@attrs.define
-class Transaction:
+class Transaction(msgspec.Struct):
     """How far a transaction has come.
 
     Attributes:

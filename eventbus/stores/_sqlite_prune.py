@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sqlite3
 
-import attrs
 import msgspec
 
 from eventbus.stores._sqlite_read import lanes, subscriptions, waiting_rows
@@ -72,8 +71,7 @@ def _remove(connection: Connection, rows: list[_Row]) -> None:
     )
 
 
-@attrs.define
-class _Needs:
+class _Needs(msgspec.Struct):
     """What the subscriptions have still to settle."""
 
     subscriptions: tuple[Subscribed, ...]

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeVar
 
-import attrs
+import msgspec
 
 from eventbus.errors import (
     ConfigurationError,
@@ -57,8 +57,7 @@ _PAGES_PER_COMMIT = 6
 _PAGE_BYTES = 4_096
 
 
-@attrs.define
-class _Decided:
+class _Decided(msgspec.Struct):
     """A transaction that is written and only needs its COMMIT.
 
     Attributes:

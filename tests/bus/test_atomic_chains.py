@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import attrs
+import msgspec
 import pytest
 
 from eventbus import BusNotOpen, Delivery, Draft, EventBus, Reject, RetryPolicy
@@ -177,7 +178,7 @@ async def test_timed_out_attempts_publish_nothing() -> None:
 
 
 def _with_hook(bus: EventBus, recorder: Recorder) -> EventBus:
-    bus._settings = attrs.evolve(bus._settings, hooks=(recorder.add,))
+    bus._settings = msgspec.structs.replace(bus._settings, hooks=(recorder.add,))
     return bus
 
 
