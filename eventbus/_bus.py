@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from eventbus._clock import Clock, SystemClock
 from eventbus._codec import Codec, JSONCodec
@@ -22,6 +22,8 @@ from eventbus._model import DeliveryStatus, Envelope, Receipt, ReplaySummary, St
 from eventbus._opening import Opening
 from eventbus._options import (
     Durability,
+    Keeping,
+    Settings,
     check_counts,
     check_durability,
     check_hooks,
@@ -36,20 +38,15 @@ from eventbus._options import (
     prune_every,
     store_of,
 )
-from eventbus._replay import Envelopes, Point, Progress, Replay, targets_of
 from eventbus._retry import RetryPolicy
-from eventbus._running import Running, Settings
 from eventbus._subscription import OnExhausted, Start, Subscription, split_types, subscription_of
-from eventbus._typing import E1, E2, E3, E4, E5, E6, E7, E8, NOT_GIVEN, On, given
-from eventbus._upkeep import Keeping
-from eventbus.errors import (
-    BusNotOpen,
-    ConfigurationError,
-    InvalidSubscription,
-    NotSupported,
-)
+from eventbus._typing import E1, E2, E3, E4, E5, E6, E7, E8, NOT_GIVEN, On, Point, Progress, given
+from eventbus.errors import BusNotOpen, ConfigurationError, InvalidSubscription, NotSupported
 from eventbus.hooks import Hook
 from eventbus.stores.base import Cancel, Order, Record, Store, Stored
+
+if TYPE_CHECKING:
+    from eventbus._running import Running
 
 Name = str | Callable[..., Any]
 """A subscription: its name, or the handler."""
@@ -254,6 +251,8 @@ class EventBus:
     async def _start(self, store: str | os.PathLike[str] | Store | None, names: set[str]) -> Running:
         if self._running is not None:
             raise ConfigurationError("this bus is open already; one EventBus is one instance")
+        from eventbus._running import Running  # noqa: PLC0415  # what declares events and handlers is imported faster without it
+
         running = self._running = Running(store_of(store, self._durability), self._settings)
         try:
             await running.start(self._declared.wanted(names))
@@ -393,6 +392,8 @@ class EventBus:
             raise NotSupported("exclusive replays are not there yet in this version; replay without exclusive=True")
         if rate is not None:
             check_numbers(rate=rate)
+        from eventbus._replay import Replay, targets_of  # noqa: PLC0415  # see `_start`
+
         targets = targets_of(running.dispatcher, self._declared, to)
         patterns = self._declared.patterns(types)
         stretch = await running.history.range(since, after, until)
@@ -442,6 +443,8 @@ class EventBus:
         Raises:
             RangeNotRetained: the range begins before what is retained.
         """
+        from eventbus._replay import Envelopes  # noqa: PLC0415  # see `_start`
+
         running = self._open()
         text_key = None if key is None else key_of(key)
         patterns = self._declared.patterns(types)

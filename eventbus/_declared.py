@@ -10,13 +10,22 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from eventbus._recovery import Wanted
+import msgspec
+
 from eventbus.errors import ConfigurationError, InvalidSubscription, UnknownSubscription
 from eventbus.stores.base import Registration, storable
 
 if TYPE_CHECKING:
     from eventbus._events import Registry
     from eventbus._subscription import Subscription
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """A subscription of this program: its options, the types it is for now, and whether it is dispatched here."""
+
+    options: Subscription
+    registration: Registration
+    dispatched: bool
 
 
 class Declared:

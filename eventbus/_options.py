@@ -5,12 +5,43 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from eventbus.errors import ConfigurationError, NotSupported
 from eventbus.stores.base import Store, storable
 
+if TYPE_CHECKING:
+    from eventbus._clock import Clock
+    from eventbus._codec import Codec
+    from eventbus._events import Registry
+    from eventbus.hooks import Hook
+
 Durability = Literal["full", "fast"]
+
+
+class Keeping(msgspec.Struct, frozen=True):
+    """How long things are kept, and how often the instance shows itself; seconds."""
+
+    retention: float | None
+    dedup_for: float
+    prune_every: float
+    beat_every: float
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What `EventBus` was given, checked; seconds."""
+
+    name: str | None
+    workers: int
+    max_pending: int
+    max_event_bytes: int
+    keeping: Keeping
+    hooks: Sequence[Hook]
+    clock: Clock
+    codec: Codec
+    registry: Registry
 
 
 def store_of(store: str | os.PathLike[str] | Store | None, durability: Durability) -> Store:

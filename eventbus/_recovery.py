@@ -11,8 +11,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from eventbus._declared import Wanted
 from eventbus._dispatch import Dispatcher, Serving
 from eventbus.errors import EventBusError
 from eventbus.stores.base import (
@@ -21,7 +20,6 @@ from eventbus.stores.base import (
     Instance,
     LaneState,
     Register,
-    Registration,
     Subscriptions,
     Types,
     WaitingRows,
@@ -31,17 +29,8 @@ from eventbus.stores.base import (
 if TYPE_CHECKING:
     from eventbus._journal import Journal
     from eventbus._reader import Reader
-    from eventbus._subscription import Subscription
 
 _log = logging.getLogger("eventbus")
-
-
-class Wanted(msgspec.Struct, frozen=True):
-    """A subscription of this program: its options, the types it is for now, and whether it is dispatched here."""
-
-    options: Subscription
-    registration: Registration
-    dispatched: bool
 
 
 async def recover(dispatcher: Dispatcher, journal: Journal, reader: Reader, instance: Instance, wanted: Sequence[Wanted]) -> None:

@@ -18,6 +18,7 @@ from eventbus._intake import runs_by_type
 from eventbus._lanes import Lane
 from eventbus._model import Envelope, ReplaySummary
 from eventbus._side import Item, SideSource
+from eventbus._typing import Point, Progress
 from eventbus.errors import BusNotOpen, ConfigurationError, RangeNotRetained, UnknownSubscription
 from eventbus.stores.base import LARGEST, Events, LogState, Page, PositionBefore, Record, Retained, type_matches
 
@@ -30,9 +31,6 @@ PAGE = 500
 PAGE_BYTES = 1_048_576
 AHEAD = 2
 """Pages of a replay that are being delivered at once."""
-
-Point = datetime | int | None
-Progress = Callable[[ReplaySummary], object]
 
 
 class Range(msgspec.Struct, frozen=True):

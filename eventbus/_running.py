@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import anyio
 import msgspec
 
-from eventbus._clock import Clock, Ids
+from eventbus._clock import Ids
+from eventbus._declared import Wanted
 from eventbus._decoding import Decoder
 from eventbus._dispatch import Dispatcher, Serving
 from eventbus._encoding import Encoder, handler_context
@@ -26,15 +27,15 @@ from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
 from eventbus._loop import Loop, Turn, Worker, current_loop, this_process, undisturbed
 from eventbus._reader import Reader
-from eventbus._recovery import Wanted, claim_lane, note_others, recover
+from eventbus._recovery import claim_lane, note_others, recover
 from eventbus._replay import History, Replay
 from eventbus._status import Status
 from eventbus._timers import Timers
-from eventbus._upkeep import Keeping, Upkeep
+from eventbus._upkeep import Upkeep
 from eventbus._waiting import Waiting
 from eventbus._workers import Pool
 from eventbus.errors import EventBusError, WrongLoop
-from eventbus.hooks import Hook, notify
+from eventbus.hooks import notify
 from eventbus.stores.base import (
     Beat,
     Instance,
@@ -51,8 +52,8 @@ from eventbus.stores.base import (
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
-    from eventbus._codec import Codec
-    from eventbus._events import EventType, Registry
+    from eventbus._events import EventType
+    from eventbus._options import Settings
     from eventbus.stores.base import Store
 
 _log = logging.getLogger("eventbus")
@@ -60,20 +61,6 @@ _log = logging.getLogger("eventbus")
 
 WAITING_BYTES = 16 * 1024 * 1024
 """Bytes of events that wait in lanes, over the whole bus."""
-
-
-class Settings(msgspec.Struct, frozen=True):
-    """What `EventBus` was given, checked; seconds."""
-
-    name: str | None
-    workers: int
-    max_pending: int
-    max_event_bytes: int
-    keeping: Keeping
-    hooks: Sequence[Hook]
-    clock: Clock
-    codec: Codec
-    registry: Registry
 
 
 class Running:

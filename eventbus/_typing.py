@@ -7,11 +7,16 @@ tests/typing holds what users get to read; how it came to look like this stands 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, Final, Never, Protocol, overload
 
 from typing_extensions import TypeVar
 
-from eventbus._model import Delivery, Envelope
+from eventbus._model import Delivery, Envelope, ReplaySummary
+
+Point = datetime | int | None
+"""A place in the log: an aware datetime, or a position."""
+Progress = Callable[[ReplaySummary], object]
 
 E = TypeVar("E")
 R = TypeVar("R")

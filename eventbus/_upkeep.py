@@ -11,14 +11,13 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from eventbus.errors import BusNotOpen, EventBusError
 from eventbus.stores.base import Beat, Instance, NextDue, Promote, Prune
 
 if TYPE_CHECKING:
     from eventbus._dispatch import Dispatcher
     from eventbus._journal import Journal
+    from eventbus._options import Keeping
     from eventbus._reader import Reader
 
 _log = logging.getLogger("eventbus")
@@ -27,15 +26,6 @@ _PROMOTE = 500
 _PRUNE = 500
 _PRUNE_PAUSE = 0.05
 _RETRY = 1.0
-
-
-class Keeping(msgspec.Struct, frozen=True):
-    """How long things are kept, and how often the instance shows itself; seconds."""
-
-    retention: float | None
-    dedup_for: float
-    prune_every: float
-    beat_every: float
 
 
 class Upkeep:

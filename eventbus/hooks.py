@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import attrs
+import msgspec
 
 _log = logging.getLogger("eventbus")
 
 
-@attrs.frozen
-class AttemptFailed:
+class AttemptFailed(msgspec.Struct, frozen=True):
     """An attempt has failed. `retry_in`: seconds until the next one, or None if the delivery is given up."""
 
     subscription: str
@@ -26,16 +25,14 @@ class AttemptFailed:
     retry_in: float | None
 
 
-@attrs.frozen
-class SubscriptionPaused:
+class SubscriptionPaused(msgspec.Struct, frozen=True):
     """A subscription gives out nothing until it is resumed."""
 
     subscription: str
     reason: str
 
 
-@attrs.frozen
-class LaneBlocked:
+class LaneBlocked(msgspec.Struct, frozen=True):
     """A lane waits for a program that can decode its next event."""
 
     subscription: str
@@ -43,15 +40,13 @@ class LaneBlocked:
     reason: str
 
 
-@attrs.frozen
-class HandlerStuck:
+class HandlerStuck(msgspec.Struct, frozen=True):
     """The thread of a plain handler has outlived its timeout; its lane waits until the thread returns."""
 
     subscription: str
 
 
-@attrs.frozen
-class DispatchHalted:
+class DispatchHalted(msgspec.Struct, frozen=True):
     """Outcomes cannot be written for now; no attempt is started until they can be."""
 
     error: BaseException
