@@ -128,7 +128,7 @@ class JSONCodec:
         dump = node.dump
         to_json, from_json = msgspec.json.Encoder().encode, msgspec.json.Decoder().decode
         return _Plan(
-            dumps=lambda event: to_json(dump(event)),
+            dumps=node.write or (lambda event: to_json(dump(event))),
             loads=_loads(node, from_json),
             measured=deepest(node) > MAX_DEPTH,
             reads_back=reads_back(node),

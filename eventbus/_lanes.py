@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("eventbus")
 
-AHEAD = 1_000
+AHEAD = 2_000
 """Deliveries that a lane may have settled ahead of what is stored."""
-RIDE = 600
+RIDE = 1_200
 """… with which they go with the next transaction, whatever it is. A transaction of their own costs three times as much."""
-HURRY = 800
+HURRY = 1_600
 """… with which they go at once, to be stored before the lane has to stop."""
 
 

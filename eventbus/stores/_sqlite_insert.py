@@ -94,13 +94,14 @@ def insert_together(
     Args:
         tail, last: what comes behind the rows, and the values in it.
     """
-    if not _are_alike(records):
+    keyed = any(record.key is not None for record in records)
+    values = _values_of_alike(records, first, keyed=keyed) if _are_alike(records) else None
+    if values is None:
         rows = [(*_event_values(record, at), record.id, at) for at, record in enumerate(records, first)]
         head = f"INSERT INTO events ({EVENT_COLUMNS}, id, position) SELECT * FROM"
         return _execute(connection, head, len(rows[0]), list(itertools.chain.from_iterable(rows)), tail, last)
-    keyed = any(record.key is not None for record in records)
     head, width = (_ALIKE_WITH_KEYS, 8) if keyed else (_ALIKE, 7)
-    return _execute(connection, head, width, _values_of_alike(records, first, keyed=keyed), tail, last)
+    return _execute(connection, head, width, values, tail, last)
 
 
 _COLUMNS_OF_ALIKE = "type, version, content_type, headers, time, slot, size, crc, data, id, position"
@@ -124,11 +125,19 @@ def _are_alike(records: Sequence[Record]) -> bool:
     return True
 
 
-def _values_of_alike(records: Sequence[Record], first: int, *, keyed: bool) -> list[Value]:
-    """What they share, then the values of each."""
+def _values_of_alike(records: Sequence[Record], first: int, *, keyed: bool) -> list[Value] | None:
+    """What they share, then the values of each; None if one of them only claims to be JSON."""
+    try:
+        return _values_of_all(records, first, keyed=keyed)
+    except UnicodeDecodeError:
+        return None
+
+
+def _values_of_all(records: Sequence[Record], first: int, *, keyed: bool) -> list[Value]:
     sample = records[0]
     content_type = sample.content_type
     values: list[Value] = [sample.type, sample.version, content_type, sample.headers]
+    is_json = content_type == JSON
     seen, time, middle = None, 0.0, ""
     end = f"|{sample.headers}|{content_type}|"
     for position, record in enumerate(records, first):
@@ -137,7 +146,7 @@ def _values_of_alike(records: Sequence[Record], first: int, *, keyed: bool) -> l
             record.time, middle = time, f"|{sample.type}|{sample.version}|{time!r}|"
         data, id, key = record.data, record.id, record.key
         crc = crc32(data, crc32(f"{position}|{id}{middle}{key}{end}".encode()))  # `checksum`, put together from its parts
-        values += (time, record.slot, len(data), crc, _data_value(content_type, data), id, position)
+        values += (time, record.slot, len(data), crc, data.decode() if is_json else data, id, position)
         if keyed:
             values.append(key)
     return values
