@@ -100,8 +100,10 @@ def _run_to_first_wait(attempt: Attempt, context: Context) -> Outcome | Suspende
     try:
         yielded = coroutine.send(None)
     except StopIteration as stop:
-        return _end(attempt, stop.value)
-    return Suspended(attempt, context, coroutine, yielded)
+        result = stop.value
+    else:
+        return Suspended(attempt, context, coroutine, yielded)
+    return _end(attempt, result)
 
 
 def _coroutine_of(awaitable: object) -> Coroutine[Any, Any, object]:

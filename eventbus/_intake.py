@@ -274,9 +274,10 @@ class Feed:
             if intake.forgotten == forgotten[intake] and (not records or intake.offer(records)):
                 intake.taken = max(intake.taken, page.up_to)
                 intake.live = reaches_head
-                intake.moved()
         for type, some in (self._meanwhile or ()) if reaches_head else ():
             self.offer(type, some)
+        for intake in behind:
+            intake.moved()
         self._meanwhile = None
         self.read()
 

@@ -155,8 +155,8 @@ class Journal:
         ticket = _Ticket(waiter.set, records)
         with self._lock:
             self._pending.appends.append(ticket)
+            self.turn.call()
             self._ring()
-        self.turn.call()
         await waiter.wait_decided()
         if isinstance(ticket.result, Exception):
             raise ticket.result

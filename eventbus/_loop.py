@@ -310,9 +310,8 @@ class Turn:
         self._called = self._busy = self._waited_for = False
 
     def call(self) -> None:
-        """There is something for the thread to do. From any thread."""
-        with self._lock:
-            self._called = True
+        """There is something for the thread to do; before it can come for it."""
+        self._called = True
 
     def come(self) -> None:
         """In the thread: it begins with all that it was called for."""
@@ -334,12 +333,16 @@ class Turn:
             if not self._called or self._busy:
                 return
             self._waited_for = True
-        if not self._door.wait(GIVE_WAY):
-            with self._lock:
-                if self._waited_for:
-                    self._waited_for = False
-                else:
-                    self._door.wait()  # it has come in between
+        passed = False
+        try:
+            passed = self._door.wait(GIVE_WAY)
+        finally:  # a signal's handler may raise
+            if not passed:
+                with self._lock:
+                    if self._waited_for:
+                        self._waited_for = False
+                    else:
+                        self._door.wait(0)  # it has come in between
 
 
 class Worker:

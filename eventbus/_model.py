@@ -70,7 +70,7 @@ class Envelope:
         return self._decode(self)
 
 
-class Receipt(msgspec.Struct, frozen=True, eq=False, gc=False):
+class Receipt(msgspec.Struct, frozen=True, eq=False, weakref=True):
     """What `publish` returns: the event is on disk.
 
     Attributes:

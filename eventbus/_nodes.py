@@ -425,7 +425,10 @@ def load(value):
 
 
 def _class_reader(cls: type, fields: list[tuple[Field, Node]]) -> Hook | None:
-    """By way of a Struct that has the stored names and types of the fields: no dict, and no call for most of the values."""
+    """By way of a Struct that has the stored names and types of the fields: no dict, and no call for most of the values.
+
+    What stands in the JSON beside the fields is passed over unread, also where it is no valid text.
+    """
     if not all(_is_plain(field.alias) for field, _ in fields):
         return None
     attributes = [(f"f{i}", child.typed) for i, (_, child) in enumerate(fields)]

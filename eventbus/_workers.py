@@ -11,6 +11,7 @@ import logging
 import math
 from collections import deque
 from contextvars import Context
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -101,7 +102,7 @@ class Pool:
     def step_aside(self) -> None:
         """A worker waits for its handler: another one takes over."""
         self._seeking -= 1
-        if self._ready and not self._seeking:
+        if self._ready and not self._seeking and not self.stopping:
             self._call_worker()
 
     def step_back(self) -> None:
@@ -136,9 +137,11 @@ class Pool:
         """Look at the workers when this deadline has come."""
         if deadline < self._watched_until:
             self._watched_until = deadline
-            self.environment.timers.at(deadline, self._look)
+            self.environment.timers.at(deadline, partial(self._look, deadline))
 
-    def _look(self) -> None:
+    def _look(self, deadline: float) -> None:
+        if deadline != self._watched_until:
+            return  # an earlier one has taken its place, and looked for it
         now = self.environment.clock.monotonic()
         self._watched_until = math.inf
         for task in self._tasks:
@@ -168,8 +171,11 @@ class Pool:
         self.threads.stop()
 
     def gone(self, task: _Task) -> None:
-        """A worker has ended, while it was looking for a lane."""
-        self._seeking -= 1
+        """A worker has ended."""
+        if task in self._idle:
+            self._idle.remove(task)
+        else:
+            self._seeking -= 1
         self._tasks.discard(task)
         if not self._tasks and self._gone is not None:
             self._gone.set()

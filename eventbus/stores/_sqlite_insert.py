@@ -44,8 +44,8 @@ def _execute(
     """`head <rows> tail` for rows of `width` values each, one behind the other; returns how many rows were written.
 
     A statement keeps its bytecode, 1.3 KB a row, and the values bound last. With one for every number of rows that came to
-    170 MB for small events. So there are some 50 sizes; what is left over is filled up with rows that begin with NULL, which the
-    WHERE drops: at most an eighth, 5 % of the time.
+    170 MB for small events. So there are some 50 sizes of each; what is left over is filled up with rows that begin with NULL,
+    which the WHERE drops: at most an eighth, 5 % of the time.
     """
     before = head.count("?")
     rows = (len(values) - before) // width

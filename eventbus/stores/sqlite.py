@@ -6,7 +6,7 @@ the disk fails; the rest stands in:
 
 - `_sqlite_file`: the lock file, file systems, deleted files; `_sqlite_connection`: settings, transactions, errors;
 - `_sqlite_schema`: the tables; `_sqlite_rows`: their rows as records;
-- `_sqlite_commit`, `_sqlite_units`, `_sqlite_commands`, `_sqlite_prune`: writing; `_sqlite_read`: reading.
+- `_sqlite_commit`, `_sqlite_insert`, `_sqlite_units`, `_sqlite_commands`, `_sqlite_prune`: writing; `_sqlite_read`: reading.
 """
 
 from __future__ import annotations

@@ -750,3 +750,37 @@ async def test_waiting_inside_the_lane_that_would_have_to_handle_it_is_refused(d
         (blocked,) = await errors.wait_for(1)
         assert await bus.drain(timeout=5) == {}
     assert list(blocked) == ["s"]
+
+
+async def test_watching_over_timeouts_does_not_pile_up(db: str) -> None:
+    """However many handlers run for however long, a few timers watch over all of their timeouts."""
+    bus, most = EventBus(db), 0
+
+    @bus.subscribe(Ping, order="none", concurrency=16, timeout=0.05)
+    async def handle(event: Ping) -> None:
+        nonlocal most
+        await anyio.sleep(0.001 * (1 + event.n % 30))
+        assert bus._running is not None
+        most = max(most, len(bus._running.timers._heap))
+
+    async with bus:
+        await bus.publish_many([Ping(n) for n in range(600)])
+        assert await bus.drain(timeout=20) == {}
+        assert await dead(bus) == []
+    assert most < 60
+
+
+async def test_what_a_bad_return_value_leaves_behind(db: str) -> None:
+    """The traceback in the dead letter of a handler that returned no event tells of that alone."""
+    bus = EventBus(db)
+
+    async def handle(event: Ping) -> Any:
+        return 5
+
+    bus.subscribe(Ping, name="s", retry=NO_RETRY)(handle)
+    async with bus:
+        await bus.publish(Ping(1))
+        assert await bus.drain(timeout=5) == {}
+        (letter,) = await bus.dead_letters.list()
+    assert "returned 5" in letter.traceback
+    assert "StopIteration" not in letter.traceback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -848,3 +850,31 @@ def test_ctrl_c_twice(db: str) -> None:
 
     anyio.run(again)
     assert seen.seen == [Placed(1)]
+
+
+class Service:
+    """As users write them: it has a bus, handles its events, and keeps its receipts."""
+
+    def __init__(self) -> None:
+        self.bus = EventBus(":memory:")
+        self.bus.subscribe(Placed, name="s")(self.handle)
+        self.receipts: list[object] = []
+
+    async def handle(self, event: Placed) -> None:
+        """Nothing to do."""
+
+    async def run(self) -> None:
+        """Open, publish, close."""
+        async with self.bus:
+            self.receipts.append(await self.bus.publish(Placed(1)))
+            await self.bus.drain(timeout=5)
+
+
+async def test_a_closed_bus_is_collected() -> None:
+    """Whoever keeps receipts and a bus in one object leaves nothing behind."""
+    service = Service()
+    await service.run()
+    gone = weakref.ref(service)
+    del service
+    gc.collect()
+    assert gone() is None
