@@ -128,7 +128,7 @@ class JSONCodec:
         dump = node.dump
         to_json, from_json = msgspec.json.Encoder().encode, msgspec.json.Decoder().decode
         return _Plan(
-            dumps=node.write or (lambda event: to_json(dump(event))),
+            dumps=lambda event: to_json(dump(event)),
             loads=_loads(node, from_json),
             measured=deepest(node) > MAX_DEPTH,
             reads_back=reads_back(node),
@@ -170,15 +170,19 @@ class JSONCodec:
 
 
 def _loads(node: Node, from_json: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    load, read = node.load, node.read
-    if read is None:
-        return lambda data: load(from_json(data))
+    load, make_reader = node.load, node.make_reader
+    read: Callable[[bytes], Any] | None = None
 
     def loads(data: bytes) -> Any:
-        try:
-            return read(data)
-        except Exception:  # noqa: BLE001  # raised again below, if it is not an event of an older version
-            return load(from_json(data))
+        nonlocal read, make_reader
+        if (make := make_reader) is not None:  # two threads may both make one
+            read, make_reader = make(), None
+        if read is not None:
+            try:
+                return read(data)
+            except Exception:  # noqa: BLE001, S110  # raised again below, if it is not an event of an older version
+                pass
+        return load(from_json(data))
 
     return loads
 

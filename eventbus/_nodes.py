@@ -53,9 +53,8 @@ class Node(msgspec.Struct, eq=False):
             is accepted.
         straight: a condition under which `dump` gives a value back as it is, as Python over `{0}`; "" where there is none.
         typed: what msgspec may be told to decode to, for the value that `load` would make; Any where it cannot.
-        write: of a class, bytes of JSON from its object in one go.
-        read: of a class, its object from bytes of JSON in one go. It raises for whatever is unusual, such as a missing field;
-            then `load` says what it is.
+        make_reader: of a class, makes a function from bytes of JSON to its object, in one go. It raises for whatever is unusual,
+            such as a missing field; then `load` says what it is. Made when it is needed: it takes some kilobytes.
         form: the annotation.
     """
 
@@ -71,8 +70,7 @@ class Node(msgspec.Struct, eq=False):
     reads_back: bool = False
     straight: str = ""
     typed: Any = Any
-    write: Callable[[Any], bytes] | None = None
-    read: Callable[[bytes], Any] | None = None
+    make_reader: Callable[[], Hook | None] | None = None
 
     @property
     def dumper(self) -> Hook:
@@ -349,7 +347,7 @@ def build_class(node: Node, cls: type, fields: list[tuple[Field, Node]]) -> None
     node.kinds, node.classes = frozenset({dict}), (cls,)
     node.children = tuple(child for _, child in fields)
     node.dump, node.load = _class_dumper(node, cls, fields), _class_loader(node, cls, fields)
-    node.write, node.read = _class_dumper(node, cls, fields, "to_json"), _class_reader(cls, fields)
+    node.make_reader = lambda: _class_reader(cls, fields)
 
     def parts(value: Any) -> Iterable[Part]:
         return [(f".{f.name}", child, getattr(value, f.name)) for f, child in fields] if type(value) is cls else ()
@@ -361,8 +359,7 @@ def build_class(node: Node, cls: type, fields: list[tuple[Field, Node]]) -> None
     node.parts, node.loaded_parts = parts, loaded_parts
 
 
-def _class_dumper(node: Node, cls: type, fields: list[tuple[Field, Node]], finish: str = "") -> Hook:
-    """`finish`: what is to be called with the dict, by its name in the function: to_json."""
+def _class_dumper(node: Node, cls: type, fields: list[tuple[Field, Node]]) -> Hook:
     values = [f"    v{i} = {_attribute(field.name)}" for i, (field, _) in enumerate(fields)]
     entries = [f"{field.name!r}: {_dumped(child, i)}" for i, (field, child) in enumerate(fields)]
     source = f"""
@@ -370,9 +367,9 @@ def dump(value):
     if value.__class__ is not cls:
         raise mismatch(form, value)
 {_LINE.join(values)}
-    return {finish}({{{", ".join(entries)}}})
+    return {{{", ".join(entries)}}}
 """
-    own = {"cls": cls, "form": node.form, "mismatch": mismatch, "to_json": msgspec.json.Encoder().encode}
+    own = {"cls": cls, "form": node.form, "mismatch": mismatch}
     names = {f"dump_{i}": child.dumper for i, (_, child) in enumerate(fields)}
     return _compiled(source, "dump", STRAIGHT_NAMES | own | names)
 
