@@ -95,7 +95,8 @@ def run_async(attempt: Attempt, base: Context) -> Outcome | Suspended:
 
 
 def _run_to_first_wait(attempt: Attempt, context: Context) -> Outcome | Suspended:
-    awaitable = _begin(attempt)
+    current_attempt.set(attempt)
+    awaitable = attempt.lane.holder.call(attempt)
     coroutine = awaitable if isinstance(awaitable, types.CoroutineType) else _coroutine_of(awaitable)
     try:
         yielded = coroutine.send(None)
@@ -103,7 +104,7 @@ def _run_to_first_wait(attempt: Attempt, context: Context) -> Outcome | Suspende
         result = stop.value
     else:
         return Suspended(attempt, context, coroutine, yielded)
-    return _end(attempt, result)
+    return ACKED if result is None and attempt.outbox is None else _end(attempt, result)
 
 
 def _coroutine_of(awaitable: object) -> Coroutine[Any, Any, object]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Protocol
 
 
@@ -31,9 +32,7 @@ class SystemClock:
         """Unix seconds, to the microsecond, so that a datetime holds them exactly."""
         return time.time_ns() // 1000 / 1_000_000
 
-    def monotonic(self) -> float:
-        """`time.monotonic`."""
-        return time.monotonic()
+    monotonic = staticmethod(monotonic)  # asked for with each event: a function of ours around it would double its time
 
 
 def to_datetime(seconds: float) -> datetime:

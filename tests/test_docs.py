@@ -174,3 +174,14 @@ def test_file_names_on_the_architecture_page_exist() -> None:
     assert named - there == set()
     way = {name for name in there if "/" not in name and name not in {"__init__.py", "__main__.py"}}
     assert way - named == set()
+
+
+def test_the_performance_page_shows_the_runs_that_are_kept() -> None:
+    """Its tables are those that the benchmarks print of their last runs."""
+    from tests.benchmarks import report
+    from tests.benchmarks.peers import report as peers
+
+    shown = page("docs/explanation/performance.md").text.splitlines()
+    kept = report.load()
+    lines = [*report.summary_of(kept), *report.markdown_of(kept.rows), *peers.markdown_of(peers.load().lines)]
+    assert [line for line in lines if line not in shown] == []

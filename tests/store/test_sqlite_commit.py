@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import attrs
 import msgspec
 import pytest
 
 from eventbus.errors import PublishOutcomeUnknown, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreUnavailable
-from eventbus.stores import _sqlite_commit, _sqlite_insert, _sqlite_read, _sqlite_rows
+from eventbus.stores import _sqlite_commit, _sqlite_insert, _sqlite_read
 from eventbus.stores import sqlite as module
 from eventbus.stores.base import (
     Batch,
