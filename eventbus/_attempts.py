@@ -95,8 +95,7 @@ def run_async(attempt: Attempt, base: Context) -> Outcome | Suspended:
 
 
 def _run_to_first_wait(attempt: Attempt, context: Context) -> Outcome | Suspended:
-    current_attempt.set(attempt)
-    awaitable = attempt.lane.holder.call(attempt)
+    awaitable = _begin(attempt)
     coroutine = awaitable if isinstance(awaitable, types.CoroutineType) else _coroutine_of(awaitable)
     try:
         yielded = coroutine.send(None)
@@ -104,7 +103,7 @@ def _run_to_first_wait(attempt: Attempt, context: Context) -> Outcome | Suspende
         result = stop.value
     else:
         return Suspended(attempt, context, coroutine, yielded)
-    return ACKED if result is None and attempt.outbox is None else _end(attempt, result)
+    return _end(attempt, result)
 
 
 def _coroutine_of(awaitable: object) -> Coroutine[Any, Any, object]:

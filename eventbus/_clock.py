@@ -63,24 +63,23 @@ class Ids:
 
     def next(self) -> str:
         """The next id."""
-        with self._lock:
-            millisecond = int(self._clock.time() * 1000)
-            if millisecond > self._millisecond:
-                self._start(millisecond)
-            self._counter = counter = self._counter + 1
-            head = self._head
+        head, counter = self._reserve(1)
         return head + counter.to_bytes(6, "big").hex()
 
     def take(self, count: int) -> list[str]:
         """The next `count` ids, of one instant."""
+        head, first = self._reserve(count)
+        return [head + counter.to_bytes(6, "big").hex() for counter in range(first, first + count)]
+
+    def _reserve(self, count: int) -> tuple[str, int]:
+        """What the next ids begin with, and the number of the first of them."""
         with self._lock:
             millisecond = int(self._clock.time() * 1000)
             if millisecond > self._millisecond:
                 self._start(millisecond)
             first = self._counter + 1
             self._counter += count
-            head = self._head
-        return [head + counter.to_bytes(6, "big").hex() for counter in range(first, first + count)]
+            return self._head, first
 
     def _start(self, millisecond: int) -> None:
         if len(self._random) < _SEED:

@@ -242,7 +242,7 @@ class Serving:
         if record.fault is not None:
             raise UndecodableEvent(record.type, record.version, record.fault)
         decoder = self._dispatcher.decoder
-        envelope = decoder.envelope(record) if options.takes_envelope or options.takes_delivery else None
+        envelope = None if self._takes_event else decoder.envelope(record)
         event = envelope if options.takes_envelope else decoder.event(record)
         return options.handler(event) if not options.takes_delivery else options.handler(event, self._delivery(attempt, envelope))
 
@@ -271,8 +271,6 @@ class Serving:
         encoder, outbox = self._dispatcher.encoder, attempt.outbox or []
         if result is None:
             return outbox
-        if encoder.has_met(result):
-            return [*outbox, encoder.record(result)]
         returned: Sequence[object] = result if isinstance(result, (list, tuple)) else (result,)
         for item in returned:
             event = item.event if isinstance(item, Draft) else item

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
-from zlib import crc32
 
 import msgspec
 
@@ -23,7 +22,7 @@ from eventbus._events import is_event_class
 from eventbus._model import Draft
 from eventbus._outcomes import current_attempt
 from eventbus.errors import EventBusError, InvalidEvent
-from eventbus.stores.base import SLOTS, Record, headers_of, storable
+from eventbus.stores.base import Record, headers_of, slot_of, storable
 
 if TYPE_CHECKING:
     from eventbus._clock import Clock, Ids
@@ -61,7 +60,6 @@ class Encoder:
 
     def __init__(self, registry: Registry, codec: Codec, ids: Ids, clock: Clock, max_event_bytes: int) -> None:
         self._registry = registry
-        self._codec = codec
         self._encode = codec.encode
         self._content_type = codec.content_type
         self._ids = ids
@@ -75,10 +73,6 @@ class Encoder:
     def is_event(self, thing: object) -> bool:
         """Whether this could be published."""
         return is_event_class(type(thing))
-
-    def has_met(self, thing: object) -> bool:
-        """Whether an event of this class was published before; a quick look."""
-        return type(thing) in self._met
 
     def record(
         self,
@@ -153,7 +147,7 @@ class Encoder:
             kind.version,
             now,
             text_key,
-            crc32((text_key or id).encode()) % SLOTS,  # `slot_of`, without the call
+            slot_of(text_key or id),
             _headers(parent, added, headers, kind) if parent is not None or added or headers else None,
             self._content_type,
             data,

@@ -147,10 +147,8 @@ class Journal:
         not stored; after that, it is raised once the group is decided.
         """
         await self._loop.checkpoint_if_cancelled()
-        if self._room or not self.is_open or not self._has_room(len(records)):
-            await self._admit(len(records))
-        else:
-            self._size += len(records)
+        if not self._admit(len(records)):
+            await self._wait_for_room(len(records))
         waiter = self._loop.waiter()
         ticket = _Ticket(waiter.set, records)
         with self._lock:
@@ -248,12 +246,16 @@ class Journal:
         if self._closing:
             raise BusNotOpen("the bus is closing: nothing was stored")
 
-    async def _admit(self, count: int) -> None:
-        """Take room for so many records; where there is none, wait behind those who wait already."""
+    def _admit(self, count: int) -> bool:
+        """Take room for so many records, if there is some and nobody waits for it."""
         self._check()
-        if not self._room and self._has_room(count):
-            self._size += count
-            return
+        if self._room or not self._has_room(count):
+            return False
+        self._size += count
+        return True
+
+    async def _wait_for_room(self, count: int) -> None:
+        """Take room behind those who wait for some already."""
         turn = (count, self._loop.waiter())
         self._room.append(turn)
         try:
@@ -275,13 +277,12 @@ class Journal:
     def run(self) -> None:
         """Commit what is pending, again and again, until closed. The job of the writer's thread."""
         while (pending := self._take()) is not None:
-            if pending.appends or pending.commands or pending.units:
-                told = self._commit(pending)
-                self.turn.leave()
+            told = self._commit(pending) if pending.appends or pending.commands or pending.units else None
+            self.turn.leave()
+            if told is not None:
                 self._post(*told)
             for job in pending.jobs:
                 job()
-            self.turn.leave()
 
     def _commit(self, pending: _Pending) -> tuple[Callable[..., None], *tuple[object, ...]]:
         """Commit, and return what the loop is to call, and with what."""

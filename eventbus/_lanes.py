@@ -221,16 +221,7 @@ class Lane:
 
     def take(self) -> Attempt | None:
         """The next attempt to run, or None for now."""
-        holder = self.holder
-        if (
-            self.running >= self.concurrency
-            or self._serial - self._confirmed >= AHEAD
-            or holder.paused is not None  # from here on `is_held_up`, without the call
-            or holder.rewinding
-            or self.environment.halted
-            or self.blocked is not None
-            or self.closed
-        ):
+        if self.running >= self.concurrency or self._serial - self._confirmed >= AHEAD or self.is_held_up():
             return None
         sources = self.sources
         attempt = sources[0].take() if len(sources) == 1 else self._take_turns()

@@ -193,7 +193,6 @@ class _Task:
         self._crossing: Crossing | None = None
         self._thread: Worker | None = None
         self._scope: anyio.CancelScope | None = None
-        self._cut = False  # the scope was cancelled
         self._deadline = math.inf
         self._timed_out = False
 
@@ -210,9 +209,9 @@ class _Task:
             while not self._pool.stopping:
                 # The bus stops its workers itself; a cancellation from outside must not end them before. To make a scope costs
                 # more than to run most handlers, so there is a new one only when a handler was cancelled.
-                with anyio.CancelScope(shield=True) as self._scope:
-                    self._cut = False
-                    await self._serve()
+                with anyio.CancelScope(shield=True) as scope:
+                    self._scope = scope
+                    await self._serve(scope)
                 if self._lane is not None:
                     self._leave(self._lane)
         except Torn:
@@ -223,12 +222,12 @@ class _Task:
                 self._pool.leave(self._lane)
             self._pool.gone(self)
 
-    async def _serve(self) -> None:
+    async def _serve(self, scope: anyio.CancelScope) -> None:
         """Serve lanes until the pool stops, or the scope is cancelled."""
         pool, loop, monotonic = self._pool, self._environment.loop, self._environment.clock.monotonic
         self_cancelled = loop.self_cancelled()
         since = monotonic()
-        while not pool.stopping and not self._cut:
+        while not pool.stopping and not scope.cancel_called:
             lane = pool.next_lane()
             if lane is None:
                 self._wake = loop.waiter()
@@ -237,7 +236,7 @@ class _Task:
                 since = monotonic()
                 continue
             self._lane = lane
-            await self._run_quantum(lane, self_cancelled)
+            await self._run_quantum(lane, scope, self_cancelled)
             self._leave(lane)
             if self_cancelled():
                 await loop.forget_cancellation()
@@ -262,7 +261,7 @@ class _Task:
         if self._wake is not None:
             self._wake.set()
 
-    async def _run_quantum(self, lane: Lane, self_cancelled: Callable[[], int]) -> None:
+    async def _run_quantum(self, lane: Lane, scope: anyio.CancelScope, self_cancelled: Callable[[], int]) -> None:
         lane.log.intake.touch()
         self._environment.journal.turn.give_way()
         self._environment.reader.turn.give_way()
@@ -284,7 +283,7 @@ class _Task:
             else:
                 await self._cross(lane, attempt)
             self._attempt = None
-            if monotonic() >= end or self._cut or self_cancelled():
+            if monotonic() >= end or self_cancelled() or scope.cancel_called:
                 lane.wake()
                 return
 
@@ -310,7 +309,7 @@ class _Task:
             self._deadline = math.inf
 
     def _outcome(self, attempt: Attempt, error: BaseException) -> Outcome:
-        cancelled = self._cut
+        cancelled = self._scope is not None and self._scope.cancel_called
         if cancelled and isinstance(error, anyio.get_cancelled_exc_class()):
             raise error
         if self._timed_out:
@@ -373,7 +372,8 @@ class _Task:
         else:
             self._timed_out = True
             self._deadline = math.inf
-            self.cancel()
+            if self._scope is not None:
+                self._scope.cancel()
 
     def _look_into_thread(self, lane: Lane, crossing: Crossing, now: float) -> None:
         """The thread may have gone on to another attempt, or not have come to the first one yet."""
@@ -397,5 +397,4 @@ class _Task:
     def cancel(self) -> None:
         """Stop waiting for what runs."""
         if self._scope is not None:
-            self._cut = True
             self._scope.cancel()

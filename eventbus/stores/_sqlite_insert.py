@@ -11,10 +11,9 @@ import functools
 import itertools
 import sqlite3
 from collections.abc import Iterable, Sequence
-from zlib import crc32
 
 from eventbus.stores._sqlite_rows import EVENT_COLUMNS, JSON, Value, to_micros
-from eventbus.stores.base import Record, checksum
+from eventbus.stores.base import Record, checksum, checksum_of, checksum_parts
 
 ROWS = 512
 """The most rows in one statement."""
@@ -94,14 +93,13 @@ def insert_together(
     Args:
         tail, last: what comes behind the rows, and the values in it.
     """
-    keyed = any(record.key is not None for record in records)
-    values = _values_of_alike(records, first, keyed=keyed) if _are_alike(records) else None
-    if values is None:
-        rows = [(*_event_values(record, at), record.id, at) for at, record in enumerate(records, first)]
-        head = f"INSERT INTO events ({EVENT_COLUMNS}, id, position) SELECT * FROM"
-        return _execute(connection, head, len(rows[0]), list(itertools.chain.from_iterable(rows)), tail, last)
-    head, width = (_ALIKE_WITH_KEYS, 8) if keyed else (_ALIKE, 7)
-    return _execute(connection, head, width, values, tail, last)
+    if _are_alike(records):
+        keyed = any(record.key is not None for record in records)
+        head, width = (_ALIKE_WITH_KEYS, 8) if keyed else (_ALIKE, 7)
+        return _execute(connection, head, width, _values_of_alike(records, first, keyed=keyed), tail, last)
+    rows = [(*_event_values(record, at), record.id, at) for at, record in enumerate(records, first)]
+    head = f"INSERT INTO events ({EVENT_COLUMNS}, id, position) SELECT * FROM"
+    return _execute(connection, head, len(rows[0]), list(itertools.chain.from_iterable(rows)), tail, last)
 
 
 _COLUMNS_OF_ALIKE = "type, version, content_type, headers, time, slot, size, crc, data, id, position"
@@ -125,30 +123,20 @@ def _are_alike(records: Sequence[Record]) -> bool:
     return True
 
 
-def _values_of_alike(records: Sequence[Record], first: int, *, keyed: bool) -> list[Value] | None:
-    """What they share, then the values of each; None if one of them only claims to be JSON."""
-    try:
-        return _values_of_all(records, first, keyed=keyed)
-    except UnicodeDecodeError:
-        return None
-
-
-def _values_of_all(records: Sequence[Record], first: int, *, keyed: bool) -> list[Value]:
+def _values_of_alike(records: Sequence[Record], first: int, *, keyed: bool) -> list[Value]:
+    """What they share, then the values of each."""
     sample = records[0]
-    content_type = sample.content_type
-    values: list[Value] = [sample.type, sample.version, content_type, sample.headers]
-    is_json = content_type == JSON
-    seen, time, middle = None, 0.0, ""
-    end = f"|{sample.headers}|{content_type}|"
+    values: list[Value] = [sample.type, sample.version, sample.content_type, sample.headers]
+    seen, time, middle, end = None, 0.0, "", ""
     for position, record in enumerate(records, first):
         if record.time != seen:  # what is published together has one time
             seen = time = to_micros(record.time)
-            record.time, middle = time, f"|{sample.type}|{sample.version}|{time!r}|"
-        data, id, key = record.data, record.id, record.key
-        crc = crc32(data, crc32(f"{position}|{id}{middle}{key}{end}".encode()))  # `checksum`, put together from its parts
-        values += (time, record.slot, len(data), crc, data.decode() if is_json else data, id, position)
+            record.time = time
+            middle, end = checksum_parts(sample, repr(time))
+        data, crc = record.data, checksum_of(position, record, middle, end)
+        values += (time, record.slot, len(data), crc, _data_value(record.content_type, data), record.id, position)
         if keyed:
-            values.append(key)
+            values.append(record.key)
     return values
 
 

@@ -25,7 +25,8 @@ from eventbus.stores.base import (
     Subscribed,
     Waiting,
     WaitingRow,
-    checksum_at,
+    checksum_of,
+    checksum_parts,
 )
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ def records_of(rows: Iterable[EventRow]) -> list[Record]:
             shown = repr(seconds)
         data = bytes.fromhex(text) if is_blob else text.encode()
         record = Record(id, type, version, seconds, key, slot, headers, content_type, data, None, None, position)
-        found = checksum_at(record, position, shown)
+        found = checksum_of(position, record, *checksum_parts(record, shown))
         if found != crc:
             record.fault = f"its checksum is {found}, {crc} was stored with it: the row was damaged or changed"
         records.append(record)

@@ -66,13 +66,18 @@ class Record(msgspec.Struct, eq=False, gc=False):
 def checksum(record: Record, position: int | None = None) -> int:
     """crc32 over everything of a record that is stored in the log, its position included; of the one given, for a record that
     has none yet."""
-    return checksum_at(record, record.position if position is None else position, repr(record.time))
+    place = record.position if position is None else position
+    return checksum_of(place, record, *checksum_parts(record, repr(record.time)))
 
 
-def checksum_at(record: Record, position: int, time: str) -> int:
-    """The checksum of a record at a position, given the `repr` of its time, which takes long to make; many have the same."""
-    head = f"{position}|{record.id}|{record.type}|{record.version}|{time}|{record.key}|{record.headers}|{record.content_type}|"
-    return zlib.crc32(record.data, zlib.crc32(head.encode()))
+def checksum_parts(record: Record, time: str) -> tuple[str, str]:
+    """What records that were published together share of what their checksums are over, given the `repr` of their time."""
+    return f"|{record.type}|{record.version}|{time}|", f"|{record.headers}|{record.content_type}|"
+
+
+def checksum_of(position: int, record: Record, middle: str, end: str) -> int:
+    """The checksum of a record at a position, put together from its own and from the parts that it shares."""
+    return zlib.crc32(record.data, zlib.crc32(f"{position}|{record.id}{middle}{record.key}{end}".encode()))
 
 
 def slot_of(key: str) -> int:

@@ -317,8 +317,10 @@ def _decide(connection: sqlite3.Connection, batch: Batch) -> _Decided:
 
 def _appended(batch: Batch, head: int | None) -> _Decided | None:
     """What becomes of a batch that only appends events after a head that is known; None of any other."""
-    records = None if head is None else only_appended(batch)
-    if head is None or not records:
+    if head is None:
+        return None
+    records = only_appended(batch)
+    if records is None:
         return None
     last = head + len(records)
     committed = Committed(head, last, [None] * len(batch.appends), {}, (), records)
