@@ -43,7 +43,9 @@ class Table:
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
-        """Take a row."""
+        """Take a row. Goals are for asyncio; what other loops do is reported beside it, without one."""
+        if row.backend not in ("asyncio", ""):
+            row = attrs.evolve(row, goal="", met=None)
         self.rows.append(row)
 
     def sorted(self) -> Sequence[Row]:

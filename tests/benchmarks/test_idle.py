@@ -55,8 +55,8 @@ def test_idle(backend: str, table: Table, tmp_path: Path, quick: bool) -> None:
         Row(
             f"idle, {SUBSCRIPTIONS} subscriptions",
             f"{data['core_percent']:.3f} % of a core",
-            goal="< 0.5 % of a core" if backend == "asyncio" else "",
-            met=data["core_percent"] < 0.5 if backend == "asyncio" else None,
+            goal="< 0.5 % of a core",
+            met=data["core_percent"] < 0.5,
             backend=backend,
             note=f"{data['wake_ups_per_second']:.1f} wake-ups of a thread per second, over {data['seconds']:.0f} s",
             data=data,

@@ -76,8 +76,8 @@ def test_tasks(
             f"{tasks:,} tasks publishing one at a time",
             f"{at_least(data['ratio'])} F = {data['events_per_second']:,.0f} events/s; p99 to handled {data['handled_p99_ms']:.0f} ms "
             f"= C99 + {data['handled_p99_over_commit_p99_ms']:.0f} ms",
-            goal=_goal("≥ 0.3 F" if tasks < 1_000 else "≥ 0.3 F, p99 to handled < C99 + 150 ms", backend),
-            met=_met(data["ratio"] >= 0.3 and within, backend),
+            goal="≥ 0.3 F" if tasks < 1_000 else "≥ 0.3 F, p99 to handled < C99 + 150 ms",
+            met=data["ratio"] >= 0.3 and within,
             backend=backend,
             note=note_of(data, f"p50 to handled {data['handled_p50_ms']:.1f} ms", stalls_of(data)),
             data=data,
@@ -117,8 +117,8 @@ def test_one_task(backend: str, benchmark: BenchmarkFixture, table: Table, tmp_p
             Row(
                 what,
                 f"C + {at_most(over)} ms = {data[f'{name}_p50_ms']:.2f} ms",
-                goal=_goal(f"≤ C + {most:g} ms", backend),
-                met=_met(over <= most, backend),
+                goal=f"≤ C + {most:g} ms",
+                met=over <= most,
                 backend=backend,
                 note=f"C = {data['commit_p50_ms']:.2f} ms; p99 {data[f'{name}_p99_ms']:.1f} ms; {stalls_of(data)}",
                 data=data,
@@ -152,8 +152,8 @@ def test_steady(backend: str, benchmark: BenchmarkFixture, table: Table, tmp_pat
         Row(
             f"steady {RATE:,} events/s, open loop, 3 subscriptions, {seconds} s",
             _steady_figure(data),
-            goal=_goal("p99 to handler < C99 + 20 ms, nothing lost, < 1 core", backend),
-            met=_met(over < 20 and data["cores"] < 1, backend),
+            goal="p99 to handler < C99 + 20 ms, nothing lost, < 1 core",
+            met=over < 20 and data["cores"] < 1,
             backend=backend,
             note=f"what comes due in a millisecond is one publish_many; {_steady_note(data)}",
             data=data,
@@ -215,14 +215,3 @@ def _steady_figure(data: dict[str, float]) -> str:
 def _steady_note(data: dict[str, float]) -> str:
     times = f"p50 {data['called_p50_ms']:.1f} ms, longest {data['called_max_ms']:.0f} ms"
     return f"from when an event was due until each handler was called: {times}; {stalls_of(data)}"
-
-
-# ------------------------------------------------------------------ goals are for asyncio
-
-
-def _goal(goal: str, loop: str) -> str:
-    return goal if loop == "asyncio" else ""
-
-
-def _met(met: bool, loop: str) -> bool | None:
-    return met if loop == "asyncio" else None
