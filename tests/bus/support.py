@@ -203,6 +203,11 @@ class HandClock:
             time.sleep(0.001)
 
 
+def threads_of_the_bus() -> list[str]:
+    """Threads of ours that run. Not a count of all: the test runner's own come and go."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("eventbus")]
+
+
 def hold_up_first_crossing(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """The next time that a plain handler is to be run, its thread does not come to it before the event is set."""
     gate, held_up, run = threading.Event(), threading.Event(), Crossing.run

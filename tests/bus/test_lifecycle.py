@@ -32,16 +32,12 @@ from eventbus import (
     StoreUnavailable,
 )
 from eventbus.stores.sqlite import SQLiteStore
-from tests.bus.support import QUICK, Recorder
+from tests.bus.support import QUICK, Recorder, threads_of_the_bus
 
 
 @attrs.frozen
 class Placed:
     n: int
-
-
-def threads_of_the_bus() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("eventbus")]
 
 
 def handles_on(path: str) -> list[str]:

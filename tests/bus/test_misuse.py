@@ -28,7 +28,7 @@ from eventbus import (
     UnknownSubscription,
     WrongLoop,
 )
-from tests.bus.support import Recorder
+from tests.bus.support import Recorder, threads_of_the_bus
 
 
 @attrs.frozen
@@ -190,27 +190,25 @@ async def test_subscribe_while_open() -> None:
 
 async def test_nothing_before_open(db: str) -> None:
     """A bus that is made and declared, but not opened, makes no file and no thread."""
-    before = threading.active_count()
     bus = EventBus(db)
     bus.subscribe(Placed, name="take")(Recorder().note)
-    assert threading.active_count() == before
+    assert not threads_of_the_bus()
     assert not exists(db)
 
 
 async def test_nothing_after_a_failed_open(tmp_path: Path) -> None:
     """An opening that fails leaves no thread and no open bus behind, and can be tried again."""
     bus = EventBus(tmp_path / "no such folder" / "bus.db")
-    before = threading.active_count()
     with pytest.raises(EventBusError):
         async with bus:
             pass
-    assert threading.active_count() == before
+    assert not threads_of_the_bus()
     with pytest.raises(BusNotOpen):
         await bus.publish(Placed())
     (tmp_path / "no such folder").mkdir()
     async with bus:
         await bus.publish(Placed())
-    assert threading.active_count() == before
+    assert not threads_of_the_bus()
 
 
 @pytest.mark.parametrize("kind", ["folder", "text"])
