@@ -1,0 +1,127 @@
+"""The campaign of faults: every part of it, one command, one table.
+
+    python -m tests.campaign --hours 1 --seed 1
+    python -m tests.campaign --minutes 5 --only "power loss"
+
+A part breaks something in one way, case after case without end, and says what it found wrong. The default test run takes the
+first few cases of each (`tests/crash`, `tests/faults`, `tests/simulation`); here they share the time among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import attrs
+
+
+@attrs.frozen
+class Case:
+    """One case that was run.
+
+    Attributes:
+        what: enough to run it again: the seed, and whatever else it takes.
+        checked: how many things were broken and looked at in it: kills, images of a disk, steps.
+        faults: what was found wrong, in words.
+    """
+
+    what: str
+    checked: int = 1
+    faults: Sequence[str] = ()
+
+
+@attrs.frozen
+class Part:
+    """A row of the table.
+
+    Attributes:
+        name: the fault.
+        counts: what `Case.checked` counts, in the plural.
+        aim: how many of them in an hour.
+        module: where `cases` is: imported when it is needed, since some need what others do not.
+        share: of the time, against the others.
+    """
+
+    name: str
+    counts: str
+    aim: int
+    module: str
+    share: float = 1.0
+
+    def cases(self, seed: int) -> Iterator[Case]:
+        """Run one case after another, without end; the same seed gives the same cases."""
+        cases: Callable[[int], Iterator[Case]] = importlib.import_module(self.module).cases
+        return cases(seed)
+
+
+PARTS: Sequence[Part] = ()
+
+
+@attrs.define
+class Tally:
+    """What came of one part."""
+
+    part: Part
+    cases: int = 0
+    checked: int = 0
+    seconds: float = 0.0
+    faults: list[str] = attrs.field(factory=list)
+
+    def take(self, case: Case) -> None:
+        self.cases += 1
+        self.checked += case.checked
+        self.faults += [f"{self.part.name}: {case.what}: {fault}" for fault in case.faults]
+
+
+def run(part: Part, seed: int, seconds: float) -> Tally:
+    """Run cases of a part until the time is over, or its aim is reached; at least one."""
+    tally, begun = Tally(part), time.monotonic()
+    for case in part.cases(seed):
+        tally.take(case)
+        tally.seconds = time.monotonic() - begun
+        for fault in case.faults:
+            print(f"FAULT {part.name}: {case.what}: {fault}", flush=True)
+        if tally.seconds >= seconds or tally.checked >= part.aim:
+            break
+    return tally
+
+
+def table(tallies: Sequence[Tally]) -> str:
+    """The table, as it stands in the guarantees."""
+    lines = ["| fault | cases | checked | one hour's aim | seconds | wrong |", "|---|---|---|---|---|---|"]
+    for tally in tallies:
+        part = tally.part
+        lines.append(
+            f"| {part.name} | {tally.cases:,} | {tally.checked:,} {part.counts} | {part.aim:,} "
+            f"| {tally.seconds:,.0f} | {len(tally.faults)} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts one after the other, each for its share of the time."""
+    parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--minutes", type=float, default=None, help="instead of hours")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", action="append", help="names of parts; without it, all of them")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.only or ()) - {part.name for part in PARTS})
+    if unknown:
+        parser.error(f"no part is called {', '.join(unknown)}; there are {', '.join(part.name for part in PARTS)}")
+    chosen = [part for part in PARTS if not options.only or part.name in options.only]
+    seconds = options.hours * 3600 if options.minutes is None else options.minutes * 60
+    whole = sum(part.share for part in chosen)
+    tallies = []
+    for part in chosen:
+        tallies.append(run(part, options.seed, seconds * part.share / whole))
+        print(table(tallies[-1:]), flush=True)
+    print(f"\nseed {options.seed}\n\n{table(tallies)}")
+    return 1 if any(tally.faults for tally in tallies) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
