@@ -113,10 +113,9 @@ class EventBus:
             None if retention is None else retention.total_seconds(),
             dedup_for.total_seconds(),
             prune_every(retention, _PRUNE_EVERY),
-            lease / 3,
         )
         self._settings = Settings(
-            name, workers, max_pending, max_event_bytes, keeping, tuple(hooks), clock, codec, self._registry
+            name, workers, max_pending, max_event_bytes, lease, keeping, tuple(hooks), clock, codec, self._registry
         )
         self._declared = Declared(self._registry)
         self._running: Running | None = None

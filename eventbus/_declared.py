@@ -62,7 +62,9 @@ class Declared:
         own = {kind.cls: kind.name for cls in subscription.classes for kind in self._registry.subclasses(cls)}
         derived = tuple(sorted(name for cls, name in own.items() if cls not in subscription.classes))
         types = (*sorted(own.values()), *subscription.patterns)
-        registration = Registration(subscription.name, types, subscription.order, subscription.concurrency, start, derived)
+        registration = Registration(
+            subscription.name, types, subscription.order, subscription.concurrency, start, derived, dispatched
+        )
         return Wanted(subscription, registration, dispatched)
 
     # -------------------------------------------------------------- looking up

@@ -61,6 +61,11 @@ class Budget:
                 del self._by_use[oldest]
                 oldest.forget()
 
+    def remove(self, intake: Intake) -> None:
+        """An intake is there no more."""
+        intake.forget()
+        self._by_use.pop(intake, None)
+
     def touch(self, intake: Intake) -> None:
         """A lane is being served."""
         if intake in self._by_use:
@@ -170,6 +175,7 @@ class Feed:
     """Feeds the lanes of one subscription that share their pages, or the lane of one type.
 
     Args:
+        lanes: how many there are; those of other instances have no intake here.
         types: exact names of the types to read, None for all of them.
         start_of: the position after which events of a type are for this feed; infinite where they are not.
         head: the last position that was announced.
@@ -177,12 +183,14 @@ class Feed:
 
     def __init__(
         self,
+        lanes: int,
         types: tuple[str, ...] | None,
         start_of: Callable[[str], float],
         reader: Reader,
         timers: Timers,
         head: Callable[[], int],
     ) -> None:
+        self._lanes = lanes
         self.types = types
         self._start_of = start_of
         self._reader = reader
@@ -194,13 +202,15 @@ class Feed:
         # of now. None: it was too much, or not all of it was announced.
         self._meanwhile: list[tuple[str, Sequence[Record]]] | None = None
         self._room = 0
-        self.intakes: list[Intake] = []
+        self.intakes: dict[int, Intake] = {}
+        """By the number of the lane."""
+        self.settled_before: Callable[[Record], bool] | None = None
+        """Whether an event of the past was settled before the lanes were made anew; None where none was."""
         self.closed = False
 
-    def of(self, record: Record) -> Intake:
-        """The intake of the lane that an event belongs to."""
-        intakes = self.intakes
-        return intakes[0] if len(intakes) == 1 else intakes[lane_of_slot(record.slot, len(intakes))]
+    def of(self, record: Record) -> Intake | None:
+        """The intake of the lane that an event belongs to; None if another instance has it."""
+        return self.intakes.get(0 if self._lanes == 1 else lane_of_slot(record.slot, self._lanes))
 
     def offer(self, type: str, records: Sequence[Record]) -> None:
         """Events of one type have been committed and are next in the log."""
@@ -209,12 +219,15 @@ class Feed:
             self._room -= len(records)
             if self._room < 0:
                 self._meanwhile = None
-        if len(self.intakes) == 1:
-            self._offer(self.intakes[0], type, records)
+        if self._lanes == 1:
+            for only in self.intakes.values():
+                self._offer(only, type, records)
             return
         by_intake: dict[Intake, list[Record]] = {}
         for record in records:
-            by_intake.setdefault(self.of(record), []).append(record)
+            intake = self.of(record)
+            if intake is not None:
+                by_intake.setdefault(intake, []).append(record)
         for intake, some in by_intake.items():
             self._offer(intake, type, some)
 
@@ -229,7 +242,7 @@ class Feed:
 
     def fall_behind(self) -> None:
         """Events have come into the log that nobody announced: read them."""
-        for intake in self.intakes:
+        for intake in self.intakes.values():
             intake.live = False
         self._meanwhile = None
         self.read()
@@ -244,14 +257,14 @@ class Feed:
         """Read the next page for the lanes that are behind and have room."""
         if self._page or self.closed:
             return
-        wanting = [i.taken for i in self.intakes if not i.live and len(i) < PAGE and i.has_room()]
+        wanting = [i.taken for i in self.intakes.values() if not i.live and len(i) < PAGE and i.has_room()]
         if not wanting:
             return
         self._meanwhile, self._room = [], QUEUE
         self._pages += 1
         number = self._page = self._pages
         after = min(wanting)
-        forgotten = {intake: intake.forgotten for intake in self.intakes}
+        forgotten = {intake: intake.forgotten for intake in self.intakes.values()}
         query = Events(after, PAGE, PAGE_BYTES, types=self.types)
         self._reader.ask_then(query, lambda answer: self._on_page(number, after, forgotten, answer))
 
@@ -266,7 +279,7 @@ class Feed:
         # An intake takes part if the page begins at or before the place that it has reached.
         reaches_head = page.up_to >= self.head() or (page.up_to >= page.head and self._meanwhile is not None)
         behind: dict[Intake, list[Record]] = {
-            i: [] for i in self.intakes if not i.live and i.taken >= after and i.forgotten == forgotten.get(i)
+            i: [] for i in self.intakes.values() if not i.live and i.taken >= after and i.forgotten == forgotten.get(i)
         }
         self._sort(page.records, behind)
         for intake, records in behind.items():
@@ -283,9 +296,12 @@ class Feed:
 
     def _sort(self, records: Sequence[Record], behind: dict[Intake, list[Record]]) -> None:
         """Give the records of a page to the intakes that take part and want them."""
+        settled = self.settled_before
         for record in records:
             intake = self.of(record)
-            if intake in behind and record.position > intake.taken and record.position > self._start_of(record.type):
+            if intake is None or intake not in behind or record.position <= max(intake.taken, self._start_of(record.type)):
+                continue
+            if settled is None or not settled(record):
                 behind[intake].append(record)
 
 

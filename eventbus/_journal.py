@@ -26,7 +26,7 @@ from eventbus.errors import (
     StoreError,
     StoreLost,
 )
-from eventbus.stores.base import Batch, Command, Committed, Record, Refusal, Stored, Unit
+from eventbus.stores.base import Batch, Command, Committed, Notice, Record, Refusal, Stored, Unit
 
 if TYPE_CHECKING:
     from eventbus._clock import Clock
@@ -39,6 +39,11 @@ _log = logging.getLogger("eventbus")
 
 OUTCOME_INTERVAL = 0.020
 """Seconds between commits that carry outcomes, unless somebody waits for them: an append alone is a cheaper transaction."""
+
+NOTICE_INTERVAL = 0.020
+"""Seconds between looks at what other instances have done, while there are some."""
+NOTICE_ALONE = 0.2
+"""… and while there are none, so that one that comes is noticed."""
 
 RETRY_INTERVAL = 0.5
 """Seconds after which outcomes that could not be written are tried again, if nothing else is."""
@@ -59,6 +64,9 @@ class Listener(Protocol):
 
     def announce(self, committed: Committed) -> None:
         """Events have become durable."""
+
+    def noticed(self, notice: Notice) -> None:
+        """Others have written to the store."""
 
     def halt(self, error: EventBusError) -> None:
         """Outcomes cannot be written: start no further attempt."""
@@ -127,6 +135,10 @@ class Journal:
         self._retry_at = 0.0
         self._crash: EventBusError | None = None
         self.listener: Listener | None = None
+        self.notice_every = math.inf
+        """Seconds between looks at what other instances have done; infinite where there can be none."""
+        self._notice_at = 0.0
+        self._blind = False
 
     @property
     def size(self) -> int:
@@ -283,6 +295,25 @@ class Journal:
                 self._post(*told)
             for job in pending.jobs:
                 job()
+            if self.notice_every < math.inf:
+                self._look_around()
+
+    def _look_around(self) -> None:
+        """See what others have done, if it is time for that."""
+        now = self._clock.monotonic()
+        if now < self._notice_at or not self.is_open:
+            return
+        self._notice_at = now + self.notice_every
+        try:
+            notice = self._store.notice()
+        except EventBusError as error:
+            if not self._blind:
+                _log.error("it cannot be seen what other instances do, trying again: %s", error)
+            self._blind = True
+            return
+        self._blind = False
+        if notice is not None:
+            self._post(self._on_notice, notice)
 
     def _commit(self, pending: _Pending) -> tuple[Callable[..., None], *tuple[object, ...]]:
         """Commit, and return what the loop is to call, and with what."""
@@ -306,12 +337,15 @@ class Journal:
                 if self._closing:
                     return None
                 self._asleep, self._dozing = True, seconds < math.inf
-            if not self._bell.wait(seconds):
+            if not self._bell.wait(min(seconds, self.notice_every)):
                 with self._lock:
                     if self._asleep:
                         self._asleep = self._dozing = False
                     else:
                         self._bell.wait()  # it was rung in between
+                    if self.notice_every < seconds:
+                        self._notice_at = -math.inf
+                        return _Pending()
                     self._pending.urgent = True  # also when the wait is over by the machine's clock, but not by the one given
                     return self._taken()
 
@@ -367,6 +401,10 @@ class Journal:
             _log.warning("the event loop is gone; what was being written is in the store, nobody could be told")
 
     # -------------------------------------------------------------- on the loop again
+
+    def _on_notice(self, notice: Notice) -> None:
+        if self.listener is not None:
+            self.listener.noticed(notice)
 
     def _on_committed(self, pending: _Pending, committed: Committed) -> None:
         listener = self.listener

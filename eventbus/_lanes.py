@@ -9,6 +9,7 @@ and `_loose`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -143,6 +144,7 @@ class Environment(msgspec.Struct, eq=False):
 
     Attributes:
         halted: outcomes cannot be written for now, or never again: start no further attempt.
+        deadline: the end of this instance's lease, by the clock's monotonic time: from then on the lanes may be another's.
     """
 
     clock: Clock
@@ -155,7 +157,9 @@ class Environment(msgspec.Struct, eq=False):
     notify: Callable[[Moment], object]
     cascades: list[Cascade] = []
     scheduled: Callable[[float], object] = lambda _due_at: None
+    fenced: Callable[[Lane], object] = lambda lane: lane.move()
     halted: bool = False
+    deadline: float = math.inf
 
     async def sleep(self, seconds: float) -> None:
         """Sleep by the clock that was given."""
@@ -180,6 +184,16 @@ class Cascade:
                 self.found.append(record)
 
 
+MOVED = "another instance has its lane now"
+"""Why nothing more comes of a lane here, while it goes on elsewhere."""
+
+
+class _Call(msgspec.Struct, frozen=True):
+    """Stands among those who wait for a lane, for someone who is to be called."""
+
+    set: Callable[[], object]
+
+
 class Lane:
     """The serial order inside one subscription. All of it runs on the loop."""
 
@@ -193,6 +207,7 @@ class Lane:
         self.sources: list[Source] = []
         self.blocked: str | None = None
         self.closed = False
+        self.retiring = False  # it is to go to another instance, as soon as it is quiet
         self.scheduled = False
         self.running = 0
         self._turn = 0
@@ -203,7 +218,8 @@ class Lane:
         self._newest = 0  # position of the delivery that was settled last
         self._stored = state.checkpoint
         self.crossings: list[Recallable] = []
-        self._waiters: list[tuple[Callable[[], bool], Waiter]] = []
+        self.moved = False
+        self._waiters: list[tuple[Callable[[], bool], Waiter | _Call]] = []
 
     def begin(self, log: LogSource, *others: Source) -> None:
         """Give the lane its sources."""
@@ -232,8 +248,10 @@ class Lane:
 
     def is_held_up(self) -> bool:
         """Whether nothing may be started for now."""
-        holder = self.holder
-        return holder.paused is not None or holder.rewinding or self.environment.halted or self.blocked is not None or self.closed
+        holder, environment = self.holder, self.environment
+        if holder.paused is not None or holder.rewinding or environment.halted or self.blocked is not None or self.closed:
+            return True
+        return self.retiring or environment.clock.monotonic() >= environment.deadline
 
     def take_more(self, limit: int) -> list[Attempt]:
         """Further first attempts from the log, after one from there, for one crossing into a thread."""
@@ -351,8 +369,8 @@ class Lane:
             _log.error("%s: an event it published has an idempotency key of other content: dead-lettered", unit.subscription)
         if refusal == "fenced":
             if unit.epoch == self.epoch and not self.closed and not self.holder.rewinding:
-                self.close()
-                _log.error("%s: the lane %r belongs to another instance now", unit.subscription, unit.lane)
+                _log.warning("%s: an outcome was refused, for the lane %r is not ours any more", unit.subscription, unit.lane)
+                self.environment.fenced(self)
         elif unit.epoch == self.epoch:
             if refusal is not None:
                 _log.info("%s: the delivery at %d had been settled before", unit.subscription, unit.position)
@@ -390,11 +408,17 @@ class Lane:
         """Why nothing more comes of this lane for now, if so. What ran when it was paused or blocked still comes to its end."""
         if self.holder.paused is not None:
             reason: str | None = f"paused: {self.holder.paused}"
+        elif self.moved:
+            return MOVED
         elif self.closed:
-            return "not dispatched"
+            reason = "not dispatched"
         else:
             reason = self.blocked
         return None if self.running or not self.up_to_date() else reason
+
+    def is_quiet(self) -> bool:
+        """Whether nothing of it is under way, and the store knows of everything."""
+        return not self.running and self.up_to_date()
 
     def gives_nothing(self) -> bool:
         """Whether it gives nothing out until it is resumed, or another program has it."""
@@ -453,6 +477,19 @@ class Lane:
         """Start nothing more of what was given out already and has not begun."""
         for crossing in self.crossings:
             crossing.give_back_rest()
+
+    def retire(self, quiet: Callable[[], object]) -> None:
+        """Start nothing more, so that another instance can have it; `quiet` is called when it can."""
+        self.retiring = True
+        self.recall()
+        self.flush()
+        self._waiters.append((self.is_quiet, _Call(quiet)))
+        self.tell_waiters()
+
+    def move(self) -> None:
+        """Give out nothing any more: another instance has it."""
+        self.moved = True
+        self.close()
 
     def close(self) -> None:
         """Give out nothing any more."""

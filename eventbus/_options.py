@@ -22,12 +22,11 @@ Durability = Literal["full", "fast"]
 
 
 class Keeping(msgspec.Struct, frozen=True):
-    """How long things are kept, and how often the instance shows itself; seconds."""
+    """How long things are kept; seconds."""
 
     retention: float | None
     dedup_for: float
     prune_every: float
-    beat_every: float
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -37,6 +36,7 @@ class Settings(msgspec.Struct, frozen=True):
     workers: int
     max_pending: int
     max_event_bytes: int
+    lease: float
     keeping: Keeping
     hooks: Sequence[Hook]
     clock: Clock

@@ -24,8 +24,9 @@ from eventbus.stores.base import LARGEST, Events, LogState, Page, PositionBefore
 
 if TYPE_CHECKING:
     from eventbus._declared import Declared
-    from eventbus._dispatch import Dispatcher, Serving
+    from eventbus._dispatch import Dispatcher
     from eventbus._reader import Reader
+    from eventbus._serving import Serving
 
 PAGE = 500
 PAGE_BYTES = 1_048_576

@@ -20,14 +20,16 @@ import msgspec
 from eventbus._clock import Ids
 from eventbus._declared import Wanted
 from eventbus._decoding import Decoder
-from eventbus._dispatch import Dispatcher, Serving
+from eventbus._dispatch import Dispatcher
+from eventbus._elsewhere import Elsewhere
 from eventbus._encoding import Encoder, handler_context
 from eventbus._intake import Budget
 from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
 from eventbus._loop import Loop, Turn, Worker, current_loop, this_process, undisturbed
+from eventbus._membership import Membership
 from eventbus._reader import Reader
-from eventbus._recovery import claim_lane, note_others, recover
+from eventbus._recovery import recover
 from eventbus._replay import History, Replay
 from eventbus._status import Status
 from eventbus._timers import Timers
@@ -37,14 +39,15 @@ from eventbus._workers import Pool
 from eventbus.errors import EventBusError, WrongLoop
 from eventbus.hooks import notify
 from eventbus.stores.base import (
-    Beat,
     Instance,
     LogState,
+    Notice,
     Pause,
     Register,
     Registration,
     Rewind,
     Subscribed,
+    Subscriptions,
     Unsubscribe,
     WaitingRows,
 )
@@ -95,10 +98,13 @@ class Running:
         )
         self.dispatcher = Dispatcher(self.environment, self.decoder, self.encoder, Budget(WAITING_BYTES))
         self.pool = Pool(self.environment, settings.workers, "eventbus", handler_context())
-        self.upkeep = Upkeep(self.dispatcher, self.journal, self.reader, self.instance, settings.keeping)
+        self.upkeep = Upkeep(self.dispatcher, self.journal, self.reader, settings.keeping)
         self.environment.scheduled = self.upkeep.scheduled
+        shared = store.features.shared
+        self.membership = Membership(self.dispatcher, self.journal, self.reader, self.instance, settings.lease, shared=shared)
         self.status = Status(self.dispatcher, self.journal, self.reader)
-        self.waiting = Waiting(self.dispatcher, self.reader, self.status)
+        self.elsewhere = Elsewhere(self.dispatcher, self.membership, self.reader, self.status)
+        self.waiting = Waiting(self.dispatcher, self.membership, self.reader, self.elsewhere)
         self.history = History(self.reader)
         self.replays: set[Replay] = set()
         self.exit_error: BaseException | None = None
@@ -131,23 +137,25 @@ class Running:
             self._journal_runs = True
             self.journal.listener = self.dispatcher
             self.dispatcher.head = (await self.reader.ask(LogState())).head
-            await recover(self.dispatcher, self.journal, self.reader, self.instance, wanted)
+            self.environment.fenced = self.membership.lose
+            self.membership.on_step = self.elsewhere.stepped
+            self.dispatcher.on_new_lane = self.membership.want_lane
+            self.dispatcher.on_foreign = self.membership.look_for_types
+            self.dispatcher.on_notice = self._on_notice
+            self.dispatcher.on_lane_lost = self._interrupt_replays
+            await recover(self.dispatcher, self.journal, self.membership, self.instance, wanted)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._close()
             raise
         self.encoder.on_new_type = self._on_new_type
-        self.dispatcher.on_new_lane = self._on_new_lane
         self.dispatcher.on_crash = self.leave
         self.pool.on_exit = self.leave
         self._group = anyio.create_task_group()
         await self._group.__aenter__()
-        for task in (self.timers.run, *self.upkeep.tasks()):
+        for task in (self.timers.run, self.membership.run, *self.upkeep.tasks()):
             self._group.start_soon(undisturbed(self._until_closed), task)
         self.pool.start(self._group)
-        for lane in self.dispatcher.lanes():
-            lane.log.intake.feed.read()
-            lane.wake()
 
     async def _until_closed(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run until the bus is closed, whatever is cancelled around it."""
@@ -191,8 +199,8 @@ class Running:
         try:
             await self.pool.stop(timeout)
             self.dispatcher.close()
-            for replay in self.replays:
-                replay.interrupt()
+            self.elsewhere.stepped()
+            self._interrupt_replays()
         finally:
             try:
                 await self._close()
@@ -213,7 +221,7 @@ class Running:
     async def _close(self) -> None:
         if self._journal_runs and self.dispatcher.crash is None:
             try:
-                await self.journal.command(Beat(self.instance, leaving=True))
+                await self.membership.leave()
             except EventBusError as error:
                 _log.warning("the instance could not sign off: %s", error)
         self.reader.close()
@@ -246,8 +254,16 @@ class Running:
 
     # -------------------------------------------------------------- what changes while it runs
 
-    def _on_new_lane(self, serving: Serving, type: str) -> None:
-        claim_lane(self.dispatcher, self.journal, self.instance, serving, type)
+    def _on_notice(self, notice: Notice) -> None:
+        """Other instances have written to the store."""
+        self.membership.noticed(notice)
+        self.elsewhere.noticed()
+        if notice.died:
+            self.upkeep.look()
+
+    def _interrupt_replays(self) -> None:
+        for replay in self.replays:
+            replay.interrupt()
 
     def _on_new_type(self, kind: EventType) -> None:
         """A class is published that may belong to subscriptions to a base class of it, from any thread."""
@@ -258,18 +274,23 @@ class Running:
             types, derived = (*registration.types, kind.name), (*registration.derived, kind.name)
             joined = msgspec.structs.replace(registration, types=types, derived=derived)
             self._replace(wanted, joined)
-            self.journal.submit(Register((joined,)), self._on_joined)
+            self.journal.submit(Register((joined,), self.instance.id), self._on_joined)
 
     def _replace(self, wanted: Wanted, registration: Registration) -> None:
         changed = msgspec.structs.replace(wanted, registration=registration)
         self._wanted = [changed if each is wanted else each for each in self._wanted]
+        serving = self.dispatcher.servings.get(wanted.options.name)
+        if serving is not None:
+            serving.registration = registration
 
     def _on_joined(self, result: tuple[Subscribed, ...] | Exception) -> None:
         if isinstance(result, Exception):
             _log.error("a type could not join its subscriptions: %s", result)
             return
         for stored in result:
-            self.dispatcher.retype(stored)
+            serving = self.dispatcher.servings.get(stored.name)
+            if serving is not None:
+                serving.follow(stored)
 
     async def pause(self, name: str, reason: str) -> None:
         """Stop delivering to a subscription, in the store and here."""
@@ -318,7 +339,7 @@ class Running:
             with serving.changing():
                 await self.journal.command(Unsubscribe(name))
                 self.dispatcher.remove(serving)
-            for replay in self.replays:
-                replay.interrupt()
+            self._interrupt_replays()
         self._wanted = [each for each in self._wanted if each.options.name != name]
-        await note_others(self.dispatcher, self.reader, {each.options.name for each in self._wanted})
+        self.dispatcher.declared.discard(name)
+        self.dispatcher.note_others(await self.reader.ask(Subscriptions()))

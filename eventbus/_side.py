@@ -161,7 +161,7 @@ class Redriver:
         self._want_lane = want_lane  # asks for the lane of a type, after which comes a `kick`; False if there will be none
         self._lane_is_coming = False
         self._sources: dict[Lane, SideSource] = {}
-        self._known: set[int] = set()
+        self._known: dict[int, Lane] = {}
         self._after = 0
         self._reading = False
         self._ended: set[int] = set()  # … since the reading began: its answer may still have them
@@ -205,6 +205,12 @@ class Redriver:
             self._after = 0
             self._read()
 
+    def forget(self, lane: Lane) -> None:
+        """Another instance has this lane, and delivers what is redriven in it."""
+        self._sources.pop(lane, None)
+        self._known = {letter: its for letter, its in self._known.items() if its is not lane}
+        self.changed()
+
     def _read(self) -> None:
         self._reading = True
         self._ended.clear()
@@ -237,9 +243,8 @@ class Redriver:
             self._lane_is_coming = True
             return
         if lane is None:
-            _log.warning("%s: no lane for the dead letter %d of type %r", self._subscription, row.id, row.record.type)
-            return
-        self._known.add(row.id)
+            return  # another instance has it, or will have
+        self._known[row.id] = lane
         source = self._sources.get(lane)
         if source is None:
             source = self._sources[lane] = SideSource(lane)
@@ -248,7 +253,7 @@ class Redriver:
 
     def ended(self, letter: int) -> None:
         """The store knows what became of one; before that, it would be read and delivered again."""
-        self._known.discard(letter)
+        self._known.pop(letter, None)
         if self._reading:
             self._ended.add(letter)
         if self._after and not self._reading and len(self._known) < KNOWN // 2:

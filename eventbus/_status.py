@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from eventbus._clock import to_datetime
-from eventbus._dispatch import lanes_wanted
 from eventbus._model import DeliveryStatus, Stats, SubscriptionInfo, SubscriptionState, SubscriptionStats
+from eventbus._serving import lanes_wanted
 from eventbus.errors import UnknownEvent
 from eventbus.stores.base import (
     SLOTS,
@@ -71,6 +71,8 @@ class Status:
     async def _with(self, stored: Subscribed, record: Record) -> DeliveryStatus:
         if not record.position:
             return DeliveryStatus.PENDING
+        if stored.settled_before(record.position, record.type, record.slot, record.key):
+            return DeliveryStatus.HANDLED
         name = lane_name(stored.order, stored.concurrency, record.type, record.slot)
         lane = next((s for s in await self._reader.ask(Lanes(stored.name)) if s.lane == name), None)
         if lane is None:
@@ -178,6 +180,8 @@ class Status:
         if serving is None:
             dispatched = self._dispatcher.others.get(stored.name, (stored, "no handler"))[1]
             return ("not dispatched here", None) if dispatched == "not dispatched here" else ("no handler", None)
+        if serving.waits_for is not None:
+            return "blocked", serving.waits_for
         blocked = next((lane.blocked for lane in serving.lanes.values() if lane.blocked is not None), None)
         return ("running", None) if blocked is None else ("blocked", blocked)
 

@@ -1,4 +1,4 @@
-"""What a bus does beside the events: put scheduled ones into the log when they are due, prune, show that it is alive.
+"""What a bus does beside the events: put scheduled ones into the log when they are due, and prune.
 
 publish → journal → store → lanes → workers → outcome: a scheduled event enters this way at the journal, when its time has come.
 Each of these is one small command of the journal, so that none holds up anything.
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from eventbus.errors import BusNotOpen, EventBusError
-from eventbus.stores.base import Beat, Instance, NextDue, Promote, Prune
+from eventbus.stores.base import NextDue, Promote, Prune
 
 if TYPE_CHECKING:
     from eventbus._dispatch import Dispatcher
@@ -29,26 +29,29 @@ _RETRY = 1.0
 
 
 class Upkeep:
-    """Three loops that run as long as the bus is open."""
+    """Two loops that run as long as the bus is open."""
 
-    def __init__(self, dispatcher: Dispatcher, journal: Journal, reader: Reader, instance: Instance, keeping: Keeping) -> None:
+    def __init__(self, dispatcher: Dispatcher, journal: Journal, reader: Reader, keeping: Keeping) -> None:
         self._dispatcher = dispatcher
         self._environment = dispatcher.environment
         self._journal = journal
         self._reader = reader
-        self._instance = instance
         self._keeping = keeping
         self._due = math.inf  # unix seconds
         self._changed = self._environment.loop.waiter()
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
         """What to run, each until cancelled."""
-        return [self._promote, self._prune, self._beat]
+        return [self._promote, self._prune]
 
     def scheduled(self, due_at: float) -> None:
         """An event has been scheduled."""
         if due_at < self._due:
             self._changed.set()
+
+    def look(self) -> None:
+        """Others may have scheduled something, or have died with it."""
+        self._changed.set()
 
     async def _promote(self) -> None:
         while True:
@@ -92,13 +95,3 @@ class Upkeep:
                 return
             after = go_on
             await self._environment.sleep(_PRUNE_PAUSE)
-
-    async def _beat(self) -> None:
-        while True:
-            await self._environment.sleep(self._keeping.beat_every)
-            try:
-                await self._journal.command(Beat(self._instance))
-            except BusNotOpen:
-                return
-            except EventBusError as error:
-                _log.error("this instance could not show that it is alive, trying again: %s", error)

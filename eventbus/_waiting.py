@@ -12,25 +12,28 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from eventbus._lanes import Cascade, Lane
-from eventbus._model import DeliveryStatus, Receipt
+from eventbus._lanes import MOVED, Cascade, Lane
+from eventbus._model import Receipt
 from eventbus._outcomes import current_attempt
 from eventbus.errors import HandlingFailed, UnknownEvent, WaitTimeout
-from eventbus.stores.base import DeadLetterFilter, DeadLetters, Find, Lag, LagOfRows, Record, since_of
+from eventbus.stores.base import DeadLetterFilter, DeadLetters, Find, Lag, LagOfRows, LogState, Record
 
 if TYPE_CHECKING:
-    from eventbus._dispatch import Dispatcher, Serving
+    from eventbus._dispatch import Dispatcher
+    from eventbus._elsewhere import Elsewhere
+    from eventbus._membership import Membership
     from eventbus._reader import Reader
-    from eventbus._status import Status
+    from eventbus._serving import Serving
 
 
 class Waiting:
     """Waits for lanes."""
 
-    def __init__(self, dispatcher: Dispatcher, reader: Reader, status: Status) -> None:
+    def __init__(self, dispatcher: Dispatcher, membership: Membership, reader: Reader, elsewhere: Elsewhere) -> None:
         self._dispatcher = dispatcher
+        self._membership = membership
         self._reader = reader
-        self._status = status
+        self._elsewhere = elsewhere
 
     # -------------------------------------------------------------- one event
 
@@ -52,9 +55,22 @@ class Waiting:
 
     async def _blocked_by(self, record: Record) -> dict[str, str]:
         """Wait until an event is settled; or at once, the subscriptions that do not settle it for now, and why."""
-        blocked = await self._blocked_elsewhere(record)
-        await self._dispatcher.all_lanes()
+        blocked = await self._elsewhere.settled(record, at_once=True)
+        moved = True
+        while moved and not blocked:
+            await self._dispatcher.all_lanes()
+            blocked = await self._blocked_here(record)
+            moved = MOVED in blocked.values()
+            blocked = {name: reason for name, reason in blocked.items() if reason != MOVED}
+        blocked = blocked or await self._elsewhere.settled(record)
+        if blocked:
+            self._dispatcher.check_open()
+        return blocked
+
+    async def _blocked_here(self, record: Record) -> dict[str, str]:
+        """The same, of the lanes that are here."""
         lanes = self._dispatcher.lanes_of(record)
+        blocked = {}
         for lane in lanes:
             reason = self._deadlock(lane, record) or (None if lane.has_settled(record) else lane.hindrance())
             if reason is not None:
@@ -63,10 +79,7 @@ class Waiting:
             for lane in lanes:
                 reason = await lane.wait_settled(record)
                 if reason is not None:
-                    blocked[lane.holder.options.name] = reason
-                    break
-        if blocked:
-            self._dispatcher.check_open()
+                    return {lane.holder.options.name: reason}
         return blocked
 
     async def _in_log(self, receipt: Receipt) -> Record | None:
@@ -92,22 +105,6 @@ class Waiting:
                 if not waiters:
                     self._dispatcher.promotions.pop(event_id, None)
 
-    async def _blocked_elsewhere(self, record: Record) -> dict[str, str]:
-        """Subscriptions that are not dispatched here and have not handled it."""
-        others = {
-            name: reason
-            for name, (stored, reason) in self._dispatcher.others.items()
-            if (since := since_of(stored.since, record.type)) is not None and since < record.position
-        }
-        if not others:
-            return {}
-        done = (DeliveryStatus.HANDLED, DeliveryStatus.DEAD)
-        try:
-            statuses = await self._status.of(record.id)
-        except UnknownEvent:
-            return {}  # retention has removed it: everybody had settled it
-        return {name: reason for name, reason in others.items() if statuses.get(name) not in done}
-
     def _deadlock(self, lane: Lane, record: Record) -> str | None:
         attempt = current_attempt.get()
         if attempt is None or attempt.over or attempt.lane is not lane:
@@ -121,6 +118,8 @@ class Waiting:
     async def drain(self, timeout: float | None) -> Mapping[str, int]:
         """See `EventBus.drain`."""
         head = self._dispatcher.head
+        if not self._membership.is_alone():
+            head = max(head, (await self._reader.ask(LogState())).head)
         cascade = Cascade(head)
         cascades = self._dispatcher.environment.cascades
         cascades.append(cascade)
@@ -138,6 +137,7 @@ class Waiting:
         for serving in list(self._dispatcher.servings.values()):
             for lane in list(serving.lanes.values()):
                 await self._clear(lane, head)
+            await self._elsewhere.clear(serving, head)
             while serving.paused is None and not serving.closed and not serving.redriver.idle and not serving.redriver.hindered:
                 self._dispatcher.check_open()
                 await serving.redriver.wait_for_change()
@@ -160,6 +160,7 @@ class Waiting:
             count = 0
             if not all(lane.clear_to(head) for lane in serving.lanes.values()):
                 count = await self._count(serving, head)
+            count = count or await self._elsewhere.left(serving, head)
             count += serving.redriver.known
             if count:
                 left[name] = count
@@ -169,7 +170,7 @@ class Waiting:
         count, _ = await self._reader.ask(LagOfRows(serving.options.name, serving.exact_types()))
         for lane in serving.lanes.values():
             if not lane.clear_to(head):
-                types, slots = serving.reads(lane)
+                types, slots = serving.reads(lane.name)
                 lag, _ = await self._reader.ask(Lag(lane.stored, types, slots, until=head))
                 count += max(0, lag - len(lane.log.done()))
         return count

@@ -6,18 +6,19 @@ transaction; out goes its result, or an error of our tree, after which nothing o
 
 from __future__ import annotations
 
-import functools
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from eventbus.errors import EventBusError, InvalidSubscription, UnknownSubscription
-from eventbus.stores._sqlite_commit import HEAD
+from eventbus.errors import EventBusError, UnknownSubscription
+from eventbus.stores._sqlite_commit import BUMP, HEAD
 from eventbus.stores._sqlite_insert import execute_rows, insert_events
+from eventbus.stores._sqlite_members import Lives, beat, claim, release
 from eventbus.stores._sqlite_prune import prune
-from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, position_before, subscriptions, waiting_rows
+from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, subscriptions
+from eventbus.stores._sqlite_register import Registering
 from eventbus.stores._sqlite_rows import EventRow, event_json, one, record_of, to_micros
 from eventbus.stores._sqlite_units import write_lanes
 from eventbus.stores.base import (
@@ -33,12 +34,10 @@ from eventbus.stores.base import (
     Record,
     Redrive,
     Register,
-    Registration,
+    Release,
     Rewind,
     Subscribed,
     Unsubscribe,
-    lane_name,
-    since_of,
 )
 
 Connection = sqlite3.Connection
@@ -52,11 +51,12 @@ class Commands:
         promoted: scheduled events that entered the log, in the order of their positions.
     """
 
-    def __init__(self, connection: Connection, now: float) -> None:
+    def __init__(self, connection: Connection, now: float, lives: Lives) -> None:
         self.results: list[object] = []
         self.promoted: list[Record] = []
         self._connection = connection
         self._now = now
+        self._lives = lives
 
     def run(self, commands: Sequence[Command[object]]) -> None:
         """Carry them out in order. An error of our tree is a result; any other ends the transaction."""
@@ -69,71 +69,28 @@ class Commands:
                 result = error
             self._connection.execute("RELEASE command")
             self.results.append(result)
+        if any(type(command) in _NOTICED for command in commands):
+            self._connection.execute(BUMP)
+
+    # -------------------------------------------------------------- instances and their lanes
+
+    def beat(self, command: Beat) -> bool:
+        """See `Beat`."""
+        return beat(self._connection, command, self._now, self._lives)
+
+    def claim(self, command: Claim) -> tuple[LaneState | None, ...]:
+        """See `Claim`."""
+        return claim(self._connection, command)
+
+    def release(self, command: Release) -> None:
+        """See `Release`."""
+        release(self._connection, command)
 
     # -------------------------------------------------------------- subscriptions
 
     def register(self, command: Register) -> tuple[Subscribed, ...]:
         """See `Register`."""
-        stored = {subscribed.name: subscribed for subscribed in subscriptions(self._connection)}
-        head = _head(self._connection)
-        standing = []
-        for wanted in command.subscriptions:
-            known = stored.get(wanted.name)
-            subscribed = self._add(wanted, head) if known is None else self._update(known, wanted, head)
-            stored[wanted.name] = subscribed
-            standing.append(subscribed)
-        return tuple(standing)
-
-    def _add(self, wanted: Registration, head: int) -> Subscribed:
-        start = self._start(wanted.start, head)
-        since = dict.fromkeys(wanted.types, start)
-        created = to_micros(self._now)
-        derived = tuple(sorted(wanted.derived))
-        subscribed = Subscribed(wanted.name, wanted.types, since, wanted.order, wanted.concurrency, None, None, created, derived)
-        self._connection.execute(
-            'INSERT INTO subscriptions (name, types, since, "order", concurrency, generation, paused, paused_at, created_at, '
-            "derived) VALUES (?, ?, ?, ?, ?, 1, NULL, NULL, ?, ?)",
-            (wanted.name, _json(wanted.types), _json(since), wanted.order, wanted.concurrency, created, _json(derived)),
-        )
-        return subscribed
-
-    def _start(self, start: str | float, head: int) -> int:
-        if start == "now":
-            return head
-        if start == "beginning":
-            return 0
-        return start if isinstance(start, int) else position_before(self._connection, float(start))
-
-    def _update(self, known: Subscribed, wanted: Registration, head: int) -> Subscribed:
-        since = dict(known.since)
-        changed = (known.order, known.concurrency) != (wanted.order, wanted.concurrency)
-        if changed:
-            self._refuse_unsettled(known, wanted, head)
-            self._connection.execute("DELETE FROM lanes WHERE subscription = ?", (known.name,))
-            since = dict.fromkeys(since, head)
-        for pattern in wanted.types:
-            since.setdefault(pattern, head)
-        derived = tuple(sorted({*known.derived, *wanted.derived}))
-        subscribed = msgspec.structs.replace(
-            known, types=wanted.types, since=since, order=wanted.order, concurrency=wanted.concurrency, derived=derived
-        )
-        if subscribed != known:
-            self._connection.execute(
-                'UPDATE subscriptions SET types = ?, since = ?, "order" = ?, concurrency = ?, generation = generation + ?, '
-                "derived = ? WHERE name = ?",
-                (_json(wanted.types), _json(since), wanted.order, wanted.concurrency, int(changed), _json(derived), known.name),
-            )
-        return subscribed
-
-    def _refuse_unsettled(self, known: Subscribed, wanted: Registration, head: int) -> None:
-        position = _first_unsettled(self._connection, known, head)
-        if position is not None:
-            raise InvalidSubscription(
-                f"subscription {known.name!r} is stored with order={known.order!r}, concurrency={known.concurrency}, and "
-                f"declared with order={wanted.order!r}, concurrency={wanted.concurrency}; it cannot change while events of it "
-                f"are unsettled (the first at position {position}). Run it with the old options until it has caught up, use a "
-                "new name, or unsubscribe it"
-            )
+        return Registering(self._connection, command, self._now).run()
 
     def pause(self, command: Pause) -> None:
         """See `Pause`."""
@@ -165,25 +122,14 @@ class Commands:
 
     # -------------------------------------------------------------- lanes
 
-    def claim(self, command: Claim) -> tuple[LaneState, ...]:
-        """See `Claim`."""
-        names = {subscription for subscription, _, _ in command.lanes}
-        states = [state for name in names for state in lanes(self._connection, name)]
-        known = {(state.subscription, state.lane): state for state in states}
-        claimed = []
-        for subscription, lane, start in command.lanes:
-            state = known.get((subscription, lane)) or LaneState(subscription, lane, 0, start)
-            claimed.append(msgspec.structs.replace(state, epoch=state.epoch + 1))
-        if claimed:
-            write_lanes(self._connection, claimed, command.instance)
-        return tuple(claimed)
-
     def rewind(self, command: Rewind) -> tuple[LaneState, ...]:
         """See `Rewind`."""
         name, after = command.subscription, command.after
-        starts = next((s.since for s in subscriptions(self._connection) if s.name == name), {})
+        stored = [each for each in subscriptions(self._connection) if each.name == name]
+        starts = stored[0].since if stored else {}
         since = {pattern: min(start, after) for pattern, start in starts.items()}
-        self._change("UPDATE subscriptions SET since = ? WHERE name = ?", (_json(since), name))
+        floors = [floor.down_to(after) for subscribed in stored for floor in subscribed.floors]
+        self._change("UPDATE subscriptions SET since = ?, floors = ? WHERE name = ?", (_json(since), _json(floors), name))
         self._connection.execute("DELETE FROM deliveries WHERE subscription = ? AND position > ?", (name, after))
         self._connection.execute(
             "DELETE FROM dead_letters WHERE subscription = ? AND position > ? "
@@ -261,20 +207,6 @@ class Commands:
 
     # -------------------------------------------------------------- the rest
 
-    def beat(self, command: Beat) -> None:
-        """See `Beat`."""
-        who = command.instance
-        if command.leaving:
-            self._connection.execute("DELETE FROM instances WHERE id = ?", (who.id,))
-            return
-        # Whoever writes holds the lock file alone: the rows of others are of instances that were killed.
-        self._connection.execute("DELETE FROM instances WHERE id <> ?", (who.id,))
-        self._connection.execute(
-            "INSERT INTO instances (id, name, host, pid, started, seen) VALUES (?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT (id) DO UPDATE SET seen = excluded.seen",
-            (who.id, who.name, who.host, who.pid, who.started, to_micros(self._now)),
-        )
-
     def prune(self, command: Prune) -> int | None:
         """See `Prune`."""
         return prune(self._connection, command)
@@ -282,13 +214,13 @@ class Commands:
 
 _DUE = msgspec.json.Decoder(list[tuple[EventRow, str | None]])
 _MARKED = msgspec.json.Decoder(list[tuple[int, str]])
-_HERE = msgspec.json.Decoder(list[tuple[int, str, int]])
 
 _DO: Mapping[type, Callable[[Commands, Any], object]] = {
     Register: Commands.register,
     Pause: Commands.pause,
     Unsubscribe: Commands.unsubscribe,
     Claim: Commands.claim,
+    Release: Commands.release,
     Rewind: Commands.rewind,
     Promote: Commands.promote,
     Cancel: Commands.cancel,
@@ -297,6 +229,9 @@ _DO: Mapping[type, Callable[[Commands, Any], object]] = {
     Beat: Commands.beat,
     Prune: Commands.prune,
 }
+
+_NOTICED = (Pause, Unsubscribe, Rewind, Redrive, Discard)
+"""Commands that other instances are to notice."""
 
 
 def _head(connection: Connection) -> int:
@@ -310,33 +245,3 @@ def _json(value: object) -> str:
 def _fresh(state: LaneState) -> LaneState:
     """A lane whose next event was never tried."""
     return msgspec.structs.replace(state, attempt=0, due_at=None, first_failed_at=None, error=None)
-
-
-def _first_unsettled(connection: Connection, subscribed: Subscribed, head: int) -> int | None:
-    """The first position that a subscription has still to settle."""
-    rows = waiting_rows(connection, subscribed.name)
-    if rows:
-        return rows[0].waiting.position
-    states = {state.lane: state for state in lanes(connection, subscribed.name)}
-    starts = list(subscribed.since.values())
-    begin = min(starts, default=head) if not states else min(*(s.checkpoint for s in states.values()), *starts)
-    lane_and_since = functools.partial(lane_name, subscribed.order, subscribed.concurrency)
-    text = (
-        "SELECT CAST(json_group_array(json_array(position, type, slot)) AS BLOB) FROM ("
-        "SELECT position, type, slot FROM events WHERE position > ? ORDER BY position LIMIT ?)"
-    )
-    while True:
-        page = sorted(one(connection, text, (begin, _SCAN), _HERE, "events"))
-        for position, type, slot in page:
-            start = since_of(subscribed.since, type)
-            if start is None or position <= start:
-                continue
-            state = states.get(lane_and_since(type, slot))
-            if state is None or (position > state.checkpoint and position not in state.done):
-                return position
-        if len(page) < _SCAN:
-            return None
-        begin = page[-1][0]
-
-
-_SCAN = 5_000

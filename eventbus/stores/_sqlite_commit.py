@@ -27,6 +27,9 @@ LaneKey = tuple[str, str]
 HEAD = "coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)"
 """The log's last position, also when all was removed: AUTOINCREMENT remembers it."""
 
+BUMP = "UPDATE log_state SET changes = changes + 1"
+"""All instances are to look at what has changed; see `Standing.changes`."""
+
 
 class Known(msgspec.Struct, frozen=True):
     """An idempotency key that is taken."""

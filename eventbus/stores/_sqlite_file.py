@@ -1,32 +1,19 @@
-"""The files of the SQLite store: who may have them, where they may lie, and whether they are still there.
+"""The files of the SQLite store: where they may lie, and whether they are still there.
 
-publish → journal → *store* → lanes → workers → outcome. In comes a path; out come a lock that the kernel frees when this
-process dies, a database file that only its owner can read, and, after each commit, the certainty that what was written
-went into files that still have their names. The database file itself is never opened here: closing any descriptor of it
-drops the locks that SQLite holds on it (POSIX), and commits are lost.
+publish → journal → *store* → lanes → workers → outcome. In comes a path; out come a database file that only its owner can read,
+and, after each commit, the certainty that what was written went into files that still have their names. The database file
+itself is never opened here: closing any descriptor of it drops the locks that SQLite holds on it (POSIX), and commits are lost.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pathlib
 import re
-import socket
 import stat
-import weakref
-from datetime import UTC, datetime
 
-import msgspec
-
-from eventbus.errors import StoreInUse, StoreLost, StoreUnavailable, StoreUnsafe
-from eventbus.stores.base import Instance
-
-try:
-    import fcntl
-except ImportError:  # no flock there
-    fcntl = None  # type: ignore[assignment]
+from eventbus.errors import StoreLost, StoreUnavailable, StoreUnsafe
 
 MOUNTINFO = "/proc/self/mountinfo"
 _MOUNT_POINT = 4  # which of its fields says where
@@ -112,98 +99,19 @@ def file_system_of(path: str) -> str | None:
     return kind
 
 
-# ------------------------------------------------------------------ one instance at a time
-
-
-class LockFile:
-    """`<db>-lock`: locked exclusively (flock) while a store is open; its text says by whom.
-
-    The file stays when it is let go: to remove it would let two processes lock two files of one name.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = f"{path}-lock"
-        self._database = path
-        self._descriptor: int | None = None
-        self.forked = False
-        """This process is a child of the one that holds the lock."""
-
-    def acquire(self, instance: Instance) -> None:
-        """Lock it, or raise StoreInUse."""
-        if fcntl is None:
-            raise StoreUnsafe("this platform has no flock; the SQLite store needs it to keep other processes out")
-        try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-        except OSError as error:
-            raise StoreUnavailable(f"{self._path} cannot be opened: {error}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            text = json.dumps(msgspec.structs.asdict(instance)).encode()
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, text, 0)
-        except BlockingIOError:
-            holder = _read_holder(descriptor)
-            os.close(descriptor)
-            raise StoreInUse(f"{self._database} is in use by {holder}; stop it first, or use another file") from None
-        except OSError as error:
-            os.close(descriptor)
-            raise StoreUnavailable(f"{self._path} cannot be locked: {error}") from error
-        self._descriptor = descriptor
-        _held.add(self)
-
-    def release(self) -> None:
-        """Let go of it. Safe to call twice."""
-        _held.discard(self)
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, 0)
-            os.close(descriptor)
-
-    def drop_in_child(self) -> None:
-        """Close the child's copy, which would keep the file locked after the parent has died."""
-        self.forked = True
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-_held: weakref.WeakSet[LockFile] = weakref.WeakSet()
-
-
-def _drop_all_in_child() -> None:
-    for lock in list(_held):
-        lock.drop_in_child()
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_drop_all_in_child)
-
-
-def _read_holder(descriptor: int) -> str:
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-        since = datetime.fromtimestamp(holder["started"], UTC).isoformat(timespec="seconds")
-        here = holder["host"] == socket.gethostname() and holder["pid"] == os.getpid()
-        place = f"process {holder['pid']} on {holder['host']}{', this very process' if here else ''}"
-        return f"instance {holder['name']!r} ({place}, since {since})"
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return "another instance, which is just opening it"
-
-
 # ------------------------------------------------------------------ still the same files
 
 
-def _identity(path: str) -> tuple[int, int, int, int]:
-    database, wal = os.stat(path), os.stat(f"{path}-wal")
-    return database.st_dev, database.st_ino, wal.st_dev, wal.st_ino
+def _identity(path: str) -> tuple[int, int, int, int, int]:
+    database, wal, lock = os.stat(path), os.stat(f"{path}-wal"), os.stat(f"{path}-lock")
+    return database.st_dev, database.st_ino, wal.st_dev, wal.st_ino, lock.st_ino
 
 
 class Identity:
-    """Device and inode of the database and its WAL, as they were when it was opened.
+    """Device and inode of the database, its WAL and its lock file, as they were when it was opened.
 
-    SQLite goes on writing into files that were deleted or replaced, without an error: such commits are lost.
+    SQLite goes on writing into files that were deleted or replaced, without an error: such commits are lost. Of the lock file
+    there would be two, and two processes that each hold one.
     """
 
     def __init__(self, path: str) -> None:
@@ -211,7 +119,7 @@ class Identity:
         try:
             self._recorded = _identity(path)
         except OSError as error:
-            raise StoreUnavailable(f"{path} or its -wal went away while it was being opened: {error}") from error
+            raise StoreUnavailable(f"{path}, its -wal or its -lock went away while it was being opened: {error}") from error
 
     def check(self) -> None:
         """Raise StoreLost if they are others now."""
@@ -222,6 +130,6 @@ class Identity:
             same, why = False, f"is gone ({error})"
         if not same:
             raise StoreLost(
-                f"{self._path} or its -wal {why} while the bus had it open: what was written last is lost. "
+                f"{self._path}, its -wal or its -lock {why} while the bus had it open: what was written last is lost. "
                 "Never move, restore or delete these files under a running bus"
             )

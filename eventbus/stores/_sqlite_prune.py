@@ -96,7 +96,7 @@ class _Needs(msgspec.Struct):
     def _needed_by(self, subscribed: Subscribed, event: _Row) -> bool:
         position, type, slot, key, _ = event
         start = since_of(subscribed.since, type)
-        if start is None or position <= start:
+        if start is None or position <= start or subscribed.settled_before(position, type, slot, key):
             return False
         state = self.lanes.get((subscribed.name, lane_name(subscribed.order, subscribed.concurrency, type, slot)))
         if state is None or (position > state.checkpoint and position not in state.done):

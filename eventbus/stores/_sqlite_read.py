@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -21,16 +21,20 @@ from eventbus.stores._sqlite_rows import (
     EVENT_ROWS,
     LANE_JSON,
     LANE_ROWS,
+    MEMBER_JSON,
+    MEMBER_ROWS,
     SUBSCRIPTION_JSON,
     SUBSCRIPTION_ROWS,
     WAITING_JSON,
     WAITING_ROWS,
     EventRow,
     ask,
+    collect,
     dead_letter_of,
     decode,
     event_json,
     lane_of,
+    member_of,
     micros,
     one,
     record_of,
@@ -49,15 +53,19 @@ from eventbus.stores.base import (
     Find,
     Lag,
     LagOfRows,
+    LaneOwner,
     Lanes,
     LaneState,
     LogState,
+    Member,
     NextDue,
     Page,
     PositionBefore,
     Query,
     Record,
     Retained,
+    Stand,
+    Standing,
     Subscribed,
     Subscriptions,
     Types,
@@ -188,7 +196,7 @@ _FOUND = msgspec.json.Decoder(list[tuple[EventRow, int | None, str | None] | Non
 # ------------------------------------------------------------------ about the log
 
 
-def _types(connection: Connection) -> Mapping[str, int]:
+def types(connection: Connection) -> Mapping[str, int]:
     # A skip-scan: one look into the index per type, however long the log is.
     text = (
         "WITH RECURSIVE t(type) AS (SELECT min(type) FROM events INDEXED BY events_type "
@@ -303,6 +311,43 @@ def waiting_rows(connection: Connection, subscription: str | None) -> tuple[Wait
     return tuple(sorted(found, key=lambda row: (row.waiting.position, row.subscription)))
 
 
+# ------------------------------------------------------------------ instances
+
+
+OWNER_JSON = "json_object('subscription', subscription, 'lane', lane, 'owner', owner, 'epoch', epoch)"
+_OWNERS = msgspec.json.Decoder(list[LaneOwner])
+
+
+def _standing(connection: Connection) -> Standing:
+    parts = (
+        (MEMBER_JSON, "instances"),
+        (SUBSCRIPTION_JSON, "subscriptions"),
+        (OWNER_JSON, "lanes"),
+    )
+    collected = ", ".join(f"({collect(json, f'FROM {table}')})" for json, table in parts)
+    changes, *raw = connection.execute(f"SELECT changes, {collected} FROM log_state").fetchone()
+    members = sorted(map(member_of, decode(raw[0], MEMBER_ROWS, "instances")), key=lambda member: member.instance.id)
+    subscribed = sorted(map(subscribed_of, decode(raw[1], SUBSCRIPTION_ROWS, "subscriptions")), key=lambda each: each.name)
+    owners = sorted(decode(raw[2], _OWNERS, "lanes"), key=lambda owned: (owned.subscription, owned.lane))
+    return Standing(changes, tuple(members), tuple(subscribed), tuple(owners))
+
+
+def owners(connection: Connection, names: Sequence[str]) -> list[LaneOwner]:
+    """Whose the lanes of these subscriptions are."""
+    source = "FROM lanes WHERE subscription IN (SELECT value FROM json_each(?))"
+    return one(connection, collect(OWNER_JSON, source), (msgspec.json.encode(names).decode(),), _OWNERS, "lanes")
+
+
+def members(connection: Connection) -> list[Member]:
+    """The instances."""
+    return ask(connection, MEMBER_JSON, "FROM instances", (), MEMBER_ROWS, member_of)
+
+
+def changes(connection: Connection) -> int:
+    """See `Standing.changes`."""
+    return int(connection.execute("SELECT changes FROM log_state").fetchone()[0])
+
+
 # ------------------------------------------------------------------ dead letters
 
 
@@ -360,13 +405,14 @@ _ANSWERS: Mapping[type, Callable[[Connection, Any], object]] = {
     Events: _page,
     EventsAt: _events_at,
     Find: _find,
-    Types: lambda connection, _: _types(connection),
+    Types: lambda connection, _: types(connection),
     PositionBefore: lambda connection, query: position_before(connection, query.time),
     LogState: lambda connection, _: _log_state(connection),
     NextDue: lambda connection, _: next_due(connection),
     Lag: _lag,
     LagOfRows: _lag_of_rows,
     Subscriptions: lambda connection, _: subscriptions(connection),
+    Stand: lambda connection, _: _standing(connection),
     Lanes: lambda connection, query: lanes(connection, query.subscription),
     WaitingRows: lambda connection, query: waiting_rows(connection, query.subscription),
     DeadLetters: _dead_letters,

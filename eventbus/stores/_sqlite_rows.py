@@ -19,9 +19,13 @@ from eventbus.errors import StoreCorrupt
 from eventbus.stores.base import (
     DeadLetterRow,
     Death,
+    Floor,
+    Instance,
     LaneState,
+    Member,
     Order,
     Record,
+    Serves,
     Subscribed,
     Waiting,
     WaitingRow,
@@ -215,16 +219,31 @@ def dead_letter_of(row: DeadRow) -> DeadLetterRow:
 
 SUBSCRIPTION_JSON = (
     f'json_array(name, json(types), json(since), "order", concurrency, paused, {_micros("paused_at")}, {_micros("created_at")}, '
-    "json(derived))"
+    "json(derived), generation, json(floors))"
 )
-SubscriptionRow = tuple[str, tuple[str, ...], dict[str, int], Order, int, str | None, int | None, int, tuple[str, ...]]
+_Types = tuple[str, ...]
+SubscriptionRow = tuple[str, _Types, dict[str, int], Order, int, str | None, int | None, int, _Types, int, tuple[Floor, ...]]
 SUBSCRIPTION_ROWS = msgspec.json.Decoder(list[SubscriptionRow])
 
 
 def subscribed_of(row: SubscriptionRow) -> Subscribed:
     """A subscription from its row."""
-    name, types, since, order, concurrency, paused, paused_at, created_at, derived = row
-    return Subscribed(name, types, since, order, concurrency, paused, _seconds(paused_at), created_at / 1e6, derived)
+    name, types, since, order, concurrency, paused, paused_at, created_at, derived, generation, floors = row
+    times = (_seconds(paused_at), created_at / 1e6)
+    return Subscribed(name, types, since, order, concurrency, paused, *times, derived, generation, floors)
+
+
+# ------------------------------------------------------------------ instances
+
+MEMBER_JSON = f"json_array(id, name, host, pid, {_micros('started')}, {_micros('seen')}, json(serves), json(holds))"
+MemberRow = tuple[str, str, str, int, int, int, dict[str, Serves], tuple[str, ...]]
+MEMBER_ROWS = msgspec.json.Decoder(list[MemberRow])
+
+
+def member_of(row: MemberRow) -> Member:
+    """An instance from its row."""
+    id, name, host, pid, started, seen, serves, holds = row
+    return Member(Instance(id, name, host, pid, started / 1e6), seen / 1e6, serves, holds)
 
 
 def one(

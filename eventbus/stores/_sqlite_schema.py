@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x45764273
 """`EvBs`: written into the header of our files, so that `file` and we can tell them from others."""
 
-VERSION = 1
+VERSION = 2
 """Of the tables, in the header (`PRAGMA user_version`). One more with each migration."""
 
 _COLUMNS_OF_EVENT = """
@@ -129,6 +129,17 @@ _FIRST = (
     "INSERT INTO log_state VALUES (1, 0, 0, NULL)",
 )
 
+_SHARED = (
+    "ALTER TABLE instances ADD COLUMN boot TEXT NOT NULL DEFAULT ''",  # which start of the machine it runs in
+    "ALTER TABLE instances ADD COLUMN deadline REAL NOT NULL DEFAULT 0",  # end of its lease, by CLOCK_MONOTONIC
+    "ALTER TABLE instances ADD COLUMN serves TEXT NOT NULL DEFAULT '{}'",  # JSON: the subscriptions that it runs, and how
+    "ALTER TABLE instances ADD COLUMN holds TEXT NOT NULL DEFAULT '[]'",  # JSON: those that it wants whole
+    "ALTER TABLE subscriptions ADD COLUMN floors TEXT NOT NULL DEFAULT '[]'",  # JSON: what earlier generations had settled
+    "ALTER TABLE log_state ADD COLUMN changes INTEGER NOT NULL DEFAULT 1",  # one more with each change that all are to notice
+    # Generations come from that counter from now on, so that none comes twice, and epochs begin anew with each.
+    "UPDATE log_state SET changes = 1 + coalesce((SELECT max(generation) FROM subscriptions), 0)",
+)
+
 _OURS = (
     "events",
     "scheduled",
@@ -151,6 +162,11 @@ def _migrations() -> Migrations:
     @migrations(name="0001_first")
     def first(db: Database) -> None:
         for statement in _FIRST:
+            db.execute(statement)
+
+    @migrations(name="0002_several_processes")
+    def shared(db: Database) -> None:
+        for statement in _SHARED:
             db.execute(statement)
 
     return migrations

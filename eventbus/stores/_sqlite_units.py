@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from eventbus.errors import IdempotencyConflict
-from eventbus.stores._sqlite_commit import Entering, Found, LaneKey
+from eventbus.stores._sqlite_commit import BUMP, Entering, Found, LaneKey
 from eventbus.stores._sqlite_insert import execute_rows
 from eventbus.stores._sqlite_rows import (
     EVENT_COLUMNS,
@@ -160,6 +160,8 @@ class Outcomes:
             connection.execute(
                 "UPDATE subscriptions SET paused = ?, paused_at = ? WHERE name = ?", (reason, to_micros(self._now), name)
             )
+        if self._paused:
+            connection.execute(BUMP)
 
 
 def write_lanes(connection: sqlite3.Connection, lanes: Sequence[LaneState], owner: str | None = None) -> None:

@@ -28,7 +28,9 @@ from eventbus.stores.commands import (
     Redrive,
     Register,
     Registration,
+    Release,
     Rewind,
+    Serves,
     Subscribed,
     Unsubscribe,
 )
@@ -41,13 +43,17 @@ from eventbus.stores.queries import (
     Find,
     Lag,
     LagOfRows,
+    LaneOwner,
     Lanes,
     LogState,
+    Member,
     NextDue,
     Page,
     PositionBefore,
     Query,
     Retained,
+    Stand,
+    Standing,
     Subscriptions,
     Types,
     WaitingRow,
@@ -57,6 +63,7 @@ from eventbus.stores.records import (
     LARGEST,
     SLOTS,
     Death,
+    Floor,
     LaneState,
     Order,
     Record,
@@ -96,13 +103,17 @@ __all__ = [
     "EventsAt",
     "Features",
     "Find",
+    "Floor",
     "Instance",
     "Lag",
     "LagOfRows",
+    "LaneOwner",
     "LaneState",
     "Lanes",
     "LogState",
+    "Member",
     "NextDue",
+    "Notice",
     "Order",
     "Page",
     "Pause",
@@ -115,9 +126,13 @@ __all__ = [
     "Refusal",
     "Register",
     "Registration",
+    "Release",
     "Retained",
     "Rewind",
+    "Serves",
     "Source",
+    "Stand",
+    "Standing",
     "Store",
     "Stored",
     "Subscribed",
@@ -202,16 +217,31 @@ class Features(msgspec.Struct, frozen=True):
     Attributes:
         concurrent_reads: `read` may be called from a second thread while `commit` runs in the first.
         survives_power_loss: a batch that was committed is there after the power went out.
+        shared: several instances may have it open at once.
     """
 
     concurrent_reads: bool
     survives_power_loss: bool
+    shared: bool = False
+
+
+class Notice(msgspec.Struct, frozen=True):
+    """What others have done to a store.
+
+    Attributes:
+        head: the log's last position. changes: see `Standing`.
+        died: an instance that was alive at the last `Beat` of this one is not any more.
+    """
+
+    head: int
+    changes: int
+    died: bool = False
 
 
 class Store(Protocol):
     """Where the log is kept. Every method blocks.
 
-    The bus calls `open`, `commit` and `close` from one thread; `read` from the same thread, or, where the store has
+    The bus calls `open`, `commit`, `notice` and `close` from one thread; `read` from the same thread, or, where the store has
     `concurrent_reads`, from one second thread. A store may be opened again after it was closed.
     """
 
@@ -227,7 +257,7 @@ class Store(Protocol):
         """Make ready, creating or migrating what is not there yet.
 
         Raises:
-            StoreInUse: another instance has it; the message says which.
+            StoreInUse: another has it for itself and does not let go.
             StoreTooNew, StoreUnsafe, StoreCorrupt, StoreUnavailable: it cannot be used, and why.
         """
 
@@ -246,6 +276,14 @@ class Store(Protocol):
             StoreBusy, StoreFull, StoreUnavailable: nothing of the batch was stored; it may be tried again.
             StoreLost, StoreCorrupt: nothing of it can be relied upon; the store must be closed.
             PublishOutcomeUnknown: not even a second look could tell.
+        """
+
+    def notice(self) -> Notice | None:
+        """What others have done since the last call; None where nothing was, which must cost no more than microseconds, since it
+        is asked for fifty times a second. Called only where the store is `shared`.
+
+        Raises:
+            StoreUnavailable, StoreCorrupt: it could not be read.
         """
 
     def read(self, query: Query[T]) -> T:

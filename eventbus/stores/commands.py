@@ -12,7 +12,7 @@ from typing import Generic
 import msgspec
 from typing_extensions import TypeVar
 
-from eventbus.stores.records import LaneState, Order
+from eventbus.stores.records import Floor, LaneState, Order
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -41,6 +41,7 @@ class Registration(msgspec.Struct, frozen=True):
         start: where a *new* subscription begins: "now" (the head of this transaction), "beginning", unix seconds as a float
             (with the first event at or after it), or a position as an int (with the event after it). A type that joins a
             stored subscription begins at the head.
+        dispatched: whether this instance runs it; one that does not leaves order and concurrency of a stored one as they are.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Registration(msgspec.Struct, frozen=True):
     concurrency: int
     start: str | float | int = "now"
     derived: tuple[str, ...] = ()
+    dispatched: bool = True
 
 
 class Subscribed(msgspec.Struct, frozen=True):
@@ -58,6 +60,8 @@ class Subscribed(msgspec.Struct, frozen=True):
         since: for each pattern it was ever registered with, the position after which it begins.
         derived: the types that ever joined it as subclasses; a program need not know them all.
         paused: the reason, or None. paused_at, created_at: unix seconds.
+        generation: another with each change of order or concurrency; never one that a subscription of this name had before.
+        floors: what earlier generations had settled above the checkpoints of this one.
     """
 
     name: str
@@ -69,29 +73,77 @@ class Subscribed(msgspec.Struct, frozen=True):
     paused_at: float | None
     created_at: float
     derived: tuple[str, ...] = ()
+    generation: int = 0
+    floors: tuple[Floor, ...] = ()
+
+    def settled_before(self, position: int, type: str, slot: int, key: str | None) -> bool:
+        """Whether an event was settled by an earlier generation."""
+        return any(floor.settles(position, type, slot, key) for floor in self.floors)
 
 
 class Register(Command[tuple[Subscribed, ...]], frozen=True):
     """Store subscriptions, or bring stored ones up to date; the result is how they stand, in the order given.
 
-    A change of `order` or `concurrency` is applied if the subscription has nothing unsettled (its lanes are made anew,
-    at the head); otherwise the result is an `InvalidSubscription` that says what to do, and nothing is registered."""
+    - A change of `order` or `concurrency` begins another generation. While an instance that is alive serves the stored one
+      (`Serves`), it stays; the result says so, and the command is to be given again when that has gone. The lanes of the new
+      generation begin at the first event that is unsettled; what the old one had settled above that becomes a `Floor`.
+    - A type that joins a subscription whose lanes hold several types (all orders but "type") fences its lanes: who owns them
+      may not know it, and would pass it by.
+    - Types that an instance that is alive serves, and that are not given, stay.
+    """
 
     subscriptions: tuple[Registration, ...]
+    instance: str = ""
 
 
-class Claim(Command[tuple[LaneState, ...]], frozen=True):
+class Claim(Command[tuple[LaneState | None, ...]], frozen=True):
     """Become the owner of lanes: each gets the next epoch, which fences whoever owned it before. A lane without a row
-    begins at the position given with it. The results stand in the order of `lanes`: (subscription, lane, start)."""
+    begins at the position given with it. The results stand in the order of `lanes`: (subscription, lane, start). None: another
+    instance that is alive owns it, or the subscription is in another generation than the one given."""
 
     instance: str
     lanes: tuple[tuple[str, str, int], ...]
+    generations: Mapping[str, int] = {}
 
 
-class Beat(Command[None], frozen=True):
-    """This instance is alive; writes its row of `instances`, or removes it with `leaving`."""
+class Release(Command[None], frozen=True):
+    """Own these lanes no more: (subscription, lane). Those that this instance does not own are left as they are."""
+
+    instance: str
+    lanes: tuple[tuple[str, str], ...]
+
+
+class Serves(msgspec.Struct, frozen=True):
+    """How an instance serves a subscription.
+
+    Attributes:
+        types: what it declares: names and patterns.
+        cannot: lanes in which it has met an event that it cannot decode.
+    """
+
+    order: Order
+    concurrency: int
+    types: tuple[str, ...]
+    cannot: tuple[str, ...] = ()
+
+
+class Beat(Command[bool], frozen=True):
+    """This instance is alive for the next `lease` seconds; or, with `leaving`, it ends, and its lanes are free.
+
+    Other instances that are not alive any more are removed: those of another start of the machine, those whose lease has ended,
+    and those of which the store knows that they have died. The result is whether this one was known until now; if not, it is
+    new, or the others have taken it for dead, and its lanes with it.
+
+    Attributes:
+        monotonic: the time, in seconds of a clock that only goes forward and that all instances share.
+        serves: the subscriptions that it runs. holds: those of them that it wants whole, for a replay.
+    """
 
     instance: Instance
+    monotonic: float = 0.0
+    lease: float = 10.0
+    serves: Mapping[str, Serves] = {}
+    holds: tuple[str, ...] = ()
     leaving: bool = False
 
 

@@ -12,7 +12,7 @@ from typing import Generic
 import msgspec
 from typing_extensions import TypeVar
 
-from eventbus.stores.commands import DeadLetterFilter, Subscribed
+from eventbus.stores.commands import DeadLetterFilter, Instance, Serves, Subscribed
 from eventbus.stores.records import SLOTS, Death, LaneState, Record, Waiting
 
 T_co = TypeVar("T_co", covariant=True)
@@ -68,6 +68,44 @@ class Types(Query[Mapping[str, int]], frozen=True):
 
 class Subscriptions(Query[tuple[Subscribed, ...]], frozen=True):
     """All stored subscriptions, by name."""
+
+
+class Member(msgspec.Struct, frozen=True):
+    """An instance as it is stored. seen: unix seconds of its last `Beat`; the rest as there."""
+
+    instance: Instance
+    seen: float
+    serves: Mapping[str, Serves] = {}
+    holds: tuple[str, ...] = ()
+
+
+class LaneOwner(msgspec.Struct, frozen=True):
+    """Whose a lane is: the id of an instance, which need not be alive, or None."""
+
+    subscription: str
+    lane: str
+    owner: str | None
+    epoch: int
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """Who is there, and who owns what.
+
+    Attributes:
+        changes: one more with each change that is not the way of an event: of instances, subscriptions, owners given up, pauses,
+            redrives.
+        members: the instances that were alive at the last `Beat`, by id.
+        subscriptions: by name. lanes: by subscription and name.
+    """
+
+    changes: int
+    members: tuple[Member, ...]
+    subscriptions: tuple[Subscribed, ...]
+    lanes: tuple[LaneOwner, ...]
+
+
+class Stand(Query[Standing], frozen=True):
+    """How the instances stand."""
 
 
 class Lanes(Query[tuple[LaneState, ...]], frozen=True):

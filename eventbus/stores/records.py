@@ -230,6 +230,41 @@ Refusal = Literal["fenced", "settled"]
 """Why a unit was left out: the lane's epoch is another now; the delivery was settled before."""
 
 
+class Floor(msgspec.Struct, frozen=True):
+    """What a subscription had settled when its order or concurrency changed: its lanes of then, and what waited in them. Events
+    that it says are settled are passed by.
+
+    Attributes:
+        lanes: by name: the checkpoint, and the positions above it that were settled.
+        waiting: position and key of the rows of `deliveries` of then; see `Waiting`.
+    """
+
+    order: Order
+    concurrency: int
+    lanes: Mapping[str, tuple[int, tuple[int, ...]]]
+    waiting: tuple[tuple[int, str | None], ...] = ()
+
+    def settles(self, position: int, type: str, slot: int, key: str | None) -> bool:
+        """Whether an event was settled."""
+        checkpoint, done = self.lanes.get(lane_name(self.order, self.concurrency, type, slot), (0, ()))
+        if position > checkpoint:
+            return position in done
+        return not any(position == at or (position > at and key is not None and key == of) for at, of in self.waiting)
+
+    def down_to(self, position: int) -> Floor:
+        """What of it lies at or below a position."""
+        lanes = {
+            lane: (min(checkpoint, position), tuple(each for each in done if each <= position))
+            for lane, (checkpoint, done) in self.lanes.items()
+        }
+        waiting = tuple((at, key) for at, key in self.waiting if at <= position)
+        return Floor(self.order, self.concurrency, lanes, waiting)
+
+    def up_to(self) -> int:
+        """Nothing above this was settled."""
+        return max((max(checkpoint, *done, 0) for checkpoint, done in self.lanes.values()), default=0)
+
+
 class LaneState(msgspec.Struct, frozen=True):
     """A row of `lanes`. See `Unit` for the fields."""
 

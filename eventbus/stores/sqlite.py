@@ -4,9 +4,10 @@ publish → journal → *store* → lanes → workers → outcome. In come batch
 queries from the reader's; out go what became durable, and pages of the log. Here are opening, closing and what happens when
 the disk fails; the rest stands in:
 
-- `_sqlite_file`: the lock file, file systems, deleted files; `_sqlite_connection`: settings, transactions, errors;
-- `_sqlite_schema`: the tables; `_sqlite_rows`: their rows as records;
-- `_sqlite_commit`, `_sqlite_insert`, `_sqlite_units`, `_sqlite_commands`, `_sqlite_prune`: writing; `_sqlite_read`: reading.
+- `_sqlite_locks`: whose turn it is to write, and who lives; `_sqlite_file`: file systems, deleted files;
+- `_sqlite_connection`: settings, transactions, errors; `_sqlite_schema`: the tables; `_sqlite_rows`: their rows as records;
+- `_sqlite_commit`, `_sqlite_insert`, `_sqlite_units`: the way of an event; `_sqlite_commands`, `_sqlite_register`,
+  `_sqlite_members`, `_sqlite_prune`: the other writes; `_sqlite_read`: reading.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 import msgspec
@@ -24,13 +25,16 @@ import msgspec
 from eventbus.errors import (
     ConfigurationError,
     PublishOutcomeUnknown,
+    StoreBusy,
     StoreError,
+    StoreInUse,
     StoreLost,
     StoreUnavailable,
 )
 from eventbus.stores._sqlite_commands import Commands
 from eventbus.stores._sqlite_commit import HEAD, Entering, append_after, look, only_appended
 from eventbus.stores._sqlite_connection import (
+    BUSY_TIMEOUT,
     MEMORY,
     Transaction,
     check_library,
@@ -40,12 +44,14 @@ from eventbus.stores._sqlite_connection import (
     transaction,
     wal_checkpoint,
 )
-from eventbus.stores._sqlite_file import Identity, LockFile, prepare_file
+from eventbus.stores._sqlite_file import Identity, prepare_file
+from eventbus.stores._sqlite_locks import LockFile
+from eventbus.stores._sqlite_members import Lives
 from eventbus.stores._sqlite_read import answer
 from eventbus.stores._sqlite_rows import lane_values
 from eventbus.stores._sqlite_schema import migrate
 from eventbus.stores._sqlite_units import Outcomes
-from eventbus.stores.base import Batch, Committed, Features, Instance, Query, Record
+from eventbus.stores.base import Batch, Committed, Features, Instance, Notice, Query, Record
 
 T = TypeVar("T")
 
@@ -74,7 +80,7 @@ class _Decided(msgspec.Struct):
 
 
 class SQLiteStore:
-    """The log in one SQLite file, for one process at a time.
+    """The log in one SQLite file, for any number of processes of one machine.
 
     Args:
         path: of the database file; it is created when the store is opened. `":memory:"` keeps nothing.
@@ -102,6 +108,10 @@ class SQLiteStore:
         # The writer closes and opens the reader's connection after an I/O error; never while a query runs on it.
         self._reading = threading.Lock()
         self._suspect = False
+        self._instance = ""
+        self._others: list[str] = []  # instances that were alive when we looked last
+        self._data_version = -1
+        self._changes = -1
         self._head: int | None = None  # of the log, after our last transaction; None if it has to be looked up
         self._frames = 0.0
         self._frames_per_weight = 1.0
@@ -114,7 +124,9 @@ class SQLiteStore:
     @property
     def features(self) -> Features:
         """What this store can do: depends on whether there is a file, and on the durability asked for."""
-        return Features(concurrent_reads=not self._memory, survives_power_loss=self._full and not self._memory)
+        return Features(
+            concurrent_reads=not self._memory, survives_power_loss=self._full and not self._memory, shared=not self._memory
+        )
 
     # -------------------------------------------------------------- open and close
 
@@ -129,8 +141,10 @@ class SQLiteStore:
                     self._path = os.path.realpath(self._address)
                     prepare_file(self._path)
                     self._lock = LockFile(self._path)
-                    self._lock.acquire(instance)
-                self._connect()
+                    self._lock.live(instance.id)
+                self._instance = instance.id
+                with self._turn(self._in_use):
+                    self._connect()
             self._opened = True
         except BaseException:
             self.close()
@@ -146,6 +160,7 @@ class SQLiteStore:
             self._reader = connect(self._path, full=self._full, reader=True)
         self._suspect = False
         self._frames = 0.0
+        self._data_version = -1
 
     def close(self) -> None:
         """See `Store.close`."""
@@ -156,15 +171,18 @@ class SQLiteStore:
             self._writer = self._reader = self._lock = None
             return
         try:
-            if writer is not None and not self._memory and not self._suspect and self._identity is not None:
-                with contextlib.suppress(sqlite3.Error, StoreLost):
-                    self._identity.check()  # or it would carry a WAL over into somebody else's file
-                    self._close_reader()
-                    wal_checkpoint(writer, "TRUNCATE")
-            self._disconnect()
+            # Without the turn, a WAL checkpoint could meet with another's write; then the last one to close makes it.
+            with contextlib.suppress(StoreBusy), self._turn(self._busy):
+                if writer is not None and not self._memory and not self._suspect and self._identity is not None:
+                    with contextlib.suppress(sqlite3.Error, StoreLost):
+                        self._identity.check()  # or it would carry a WAL over into somebody else's file
+                        self._close_reader()
+                        wal_checkpoint(writer, "PASSIVE" if self._others else "TRUNCATE")
+                self._disconnect()
         finally:
+            self._disconnect()
             if lock is not None:
-                lock.release()
+                lock.close()
             self._lock = None
 
     def _close_reader(self) -> None:
@@ -180,6 +198,27 @@ class SQLiteStore:
             writer, self._writer, self._identity = self._writer, None, None
             if writer is not None:
                 writer.close()
+
+    @contextlib.contextmanager
+    def _turn(self, refused: Callable[[], StoreError]) -> Iterator[None]:
+        """The turn to write, among the processes that have the file open."""
+        if self._lock is None:
+            yield
+            return
+        with self._lock.turn(BUSY_TIMEOUT / 1000, refused):
+            yield
+
+    def _busy(self) -> StoreBusy:
+        return StoreBusy(
+            f"{self._address}: another process has held its turn to write for {BUSY_TIMEOUT / 1000:g} s; it may be stopped, "
+            "or its disk hangs. Nothing was stored"
+        )
+
+    def _in_use(self) -> StoreInUse:
+        return StoreInUse(
+            f"{self._address} is in use by another process that has not let go of {self._path}-lock for "
+            f"{BUSY_TIMEOUT / 1000:g} s; it may be stopped, or an eventbus before 0.1 that wants the file for itself"
+        )
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -204,6 +243,11 @@ class SQLiteStore:
 
     def commit(self, batch: Batch) -> Committed:
         """See `Store.commit`."""
+        self._check_open()
+        with self._turn(self._busy):
+            return self._commit(batch)
+
+    def _commit(self, batch: Batch) -> Committed:
         if self._suspect:
             self._reopen()
         writer = self._connected(self._writer)
@@ -218,7 +262,7 @@ class SQLiteStore:
             if decided is None or not append_after(writer, decided.committed.previous_head, decided.committed.events):
                 decided = None
                 with transaction(writer) as state:
-                    decided = _decide(writer, batch)
+                    decided = _decide(writer, batch, self._lives)
         except sqlite3.Error as error:
             if decided is None or not state.committing or not is_io_error(error):
                 # Before COMMIT nothing can have been stored. The connection may be in any state after an I/O error.
@@ -275,6 +319,29 @@ class SQLiteStore:
                 raise StoreUnavailable(f"{self._address}: the WAL could not be carried over into the database")
         self._suspect = False
 
+    # -------------------------------------------------------------- others
+
+    def notice(self) -> Notice | None:
+        """See `Store.notice`."""
+        writer = self._writer
+        self._check_open()
+        if writer is None or self._suspect or self._memory:
+            return None  # the next commit opens it again
+        died = any(self._lives(other) is False for other in self._others)
+        with self._translated():
+            (version,) = writer.execute("PRAGMA data_version").fetchone()
+            if version == self._data_version and not died:
+                return None
+            head, changes = writer.execute(f"SELECT {HEAD}, changes FROM log_state").fetchone()
+        self._data_version = version
+        if changes != self._changes:
+            self._changes = changes
+            self._others = [id for (id,) in writer.execute("SELECT id FROM instances") if id != self._instance]
+        return Notice(head, changes, died)
+
+    def _lives(self, instance: str) -> bool | None:
+        return None if self._lock is None else self._lock.lives(instance)
+
     # -------------------------------------------------------------- read
 
     def read(self, query: Query[T]) -> T:
@@ -288,9 +355,9 @@ _abandoned: list[object] = []
 """Connections of a parent process: to close them in the child could touch the parent's files."""
 
 
-def _decide(connection: sqlite3.Connection, batch: Batch) -> _Decided:
+def _decide(connection: sqlite3.Connection, batch: Batch, lives: Lives) -> _Decided:
     """Apply a batch inside its transaction. In order: commands, appends, units."""
-    commands = Commands(connection, batch.now)
+    commands = Commands(connection, batch.now, lives)
     previous = None
     if batch.commands:
         (previous,) = connection.execute(f"SELECT {HEAD}").fetchone()

@@ -143,6 +143,7 @@ class ConformanceBase:
     def claim(self, store: Store, subscription: str = "mailer", lane: str = "order.created", start: int = 0) -> LaneState:
         """Become the owner of a lane."""
         (state,) = self.run(store, Claim(INSTANCE.id, ((subscription, lane, start),)))
+        assert state is not None
         return state
 
     def unit(self, state: LaneState, position: int, **options: Any) -> Unit:

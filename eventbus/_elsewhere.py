@@ -1,0 +1,185 @@
+"""Waiting for what other instances have in hand: lanes that are theirs, subscriptions that are not dispatched here.
+
+publish → journal → store → lanes → workers → *outcome*, in another process. All that is known of it here is what it writes:
+whenever others have written, and somebody waits, the lanes are read once, for all who do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from eventbus._model import DeliveryStatus
+from eventbus.errors import UnknownEvent
+from eventbus.stores.base import (
+    Lag,
+    LagOfRows,
+    Lanes,
+    LaneState,
+    Record,
+    Subscribed,
+    lane_name,
+    since_of,
+)
+
+if TYPE_CHECKING:
+    from eventbus._dispatch import Dispatcher
+    from eventbus._loop import Waiter
+    from eventbus._membership import Membership
+    from eventbus._reader import Reader
+    from eventbus._serving import Serving
+    from eventbus._status import Status
+
+_log = logging.getLogger("eventbus")
+
+LaneStates = Mapping[tuple[str, str], LaneState]
+_DONE = (DeliveryStatus.HANDLED, DeliveryStatus.DEAD)
+
+
+class _Wait(msgspec.Struct, eq=False):
+    """Someone who waits until `reached` may be true of the lanes as they are stored."""
+
+    reached: Callable[[LaneStates], bool]
+    waiter: Waiter
+
+
+class Elsewhere:
+    """What other instances have in hand."""
+
+    def __init__(self, dispatcher: Dispatcher, membership: Membership, reader: Reader, status: Status) -> None:
+        self._dispatcher = dispatcher
+        self._membership = membership
+        self._reader = reader
+        self._status = status
+        self._waits: list[_Wait] = []
+        self._reading = self._again = False
+
+    # -------------------------------------------------------------- when others have written
+
+    def noticed(self) -> None:
+        """Others have written to the store."""
+        if not self._waits:
+            return
+        if self._reading:
+            self._again = True
+            return
+        self._reading, self._again = True, False
+        self._reader.ask_then(Lanes(), self._on_lanes)
+
+    def _on_lanes(self, lanes: tuple[LaneState, ...] | BaseException) -> None:
+        self._reading = False
+        if isinstance(lanes, BaseException):
+            _log.error("it could not be read how far other instances are: %s", lanes)
+            self.stepped()  # those who wait ask for themselves, and raise what is wrong
+            return
+        states = {(state.subscription, state.lane): state for state in lanes}
+        for wait in self._waits:
+            if wait.reached(states):
+                wait.waiter.set()
+        if self._again:
+            self.noticed()
+
+    def stepped(self) -> None:
+        """Instances may have come or gone, lanes may have moved, subscriptions may have been paused."""
+        for wait in self._waits:
+            wait.waiter.set()
+
+    async def _wait(self, reached: Callable[[LaneStates], bool]) -> None:
+        wait = _Wait(reached, self._dispatcher.environment.loop.waiter())
+        self._waits.append(wait)
+        try:
+            self.noticed()  # it may have been so before
+            await wait.waiter.wait()
+        finally:
+            self._waits.remove(wait)
+        self._dispatcher.check_open()
+
+    # -------------------------------------------------------------- one event
+
+    async def settled(self, record: Record, *, at_once: bool = False) -> dict[str, str]:
+        """Wait until all subscriptions whose lane is not here have settled an event; or at once, those that do not settle it for
+        now, and why. With `at_once`, no waiting in any case."""
+        while True:
+            wanted = self._wanted_by(record)
+            if not wanted:
+                return {}
+            try:
+                statuses = await self._status.of(record.id)
+            except UnknownEvent:
+                return {}  # retention has removed it: everybody had settled it
+            left = [name for name in wanted if statuses.get(name) not in _DONE]
+            hopeless = {name: reason for name in left if (reason := self._hindrance(wanted[name], record)) is not None}
+            if hopeless or not left or at_once:
+                return hopeless
+            keys = [(name, _lane_of(wanted[name], record)) for name in left]
+            await self._wait(lambda states, keys=keys: any(_has_passed(states.get(key), record.position) for key in keys))  # type: ignore[misc]
+
+    def _wanted_by(self, record: Record) -> dict[str, Subscribed]:
+        """The subscriptions that an event is for, but for those that have its lane here."""
+        wanted = {}
+        for stored in self._stored():
+            since = since_of(stored.since, record.type)
+            serving = self._dispatcher.servings.get(stored.name)
+            if since is None or since >= record.position or (serving is not None and serving.lane_of(record) is not None):
+                continue
+            if not stored.settled_before(record.position, record.type, record.slot, record.key):
+                wanted[stored.name] = stored
+        return wanted
+
+    def _stored(self) -> list[Subscribed]:
+        """The subscriptions as far as they are known here."""
+        stored = {each.name: each for each in self._membership.standing.subscriptions}
+        stored |= {name: each for name, (each, _) in self._dispatcher.others.items()}
+        known = {*self._dispatcher.servings, *self._dispatcher.others}
+        return [each for name, each in stored.items() if name in known]
+
+    def _hindrance(self, stored: Subscribed, record: Record) -> str | None:
+        """Why nothing comes of an event for now, if so."""
+        name = stored.name
+        if stored.paused is not None:
+            return f"paused: {stored.paused}"
+        serving = self._dispatcher.servings.get(name)
+        served = [m.serves[name] for m in self._membership.standing.members if name in m.serves]
+        if not served:
+            return self._dispatcher.others.get(name, (stored, "no handler"))[1]
+        lane = _lane_of(stored, record)
+        if all(lane in serves.cannot for serves in served):
+            return "no instance can decode an event of its lane"
+        if serving is not None and serving.waits_for is not None and not self._membership.serves_elsewhere(name):
+            return serving.waits_for
+        return None
+
+    # -------------------------------------------------------------- everything of a subscription
+
+    async def clear(self, serving: Serving, position: int) -> None:
+        """Wait until the lanes of a subscription that are not here have settled everything up to a position, or nobody does."""
+        while await self.left(serving, position):
+            if serving.paused is not None or serving.closed or not self._membership.serves_elsewhere(serving.options.name):
+                return
+            await self._wait(lambda _states: True)
+
+    async def left(self, serving: Serving, position: int) -> int:
+        """How many deliveries up to a position are not settled in lanes that are not here; those of the rows of `deliveries` are
+        counted with them."""
+        away = [lane for lane, _ in serving.lanes_wanted(self._dispatcher.known_types) if lane not in serving.lanes]
+        if not away:
+            return 0
+        name = serving.options.name
+        count, _ = await self._reader.ask(LagOfRows(name, serving.exact_types()))
+        for state in await self._reader.ask(Lanes(name)):
+            if state.lane in away:
+                types, slots = serving.reads(state.lane)
+                lag, _ = await self._reader.ask(Lag(state.checkpoint, types, slots, until=position))
+                count += max(0, lag - len(state.done))
+        return count
+
+
+def _lane_of(stored: Subscribed, record: Record) -> str:
+    return lane_name(stored.order, stored.concurrency, record.type, record.slot)
+
+
+def _has_passed(state: LaneState | None, position: int) -> bool:
+    return state is not None and (position <= state.checkpoint or position in state.done)

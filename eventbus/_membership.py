@@ -1,0 +1,333 @@
+"""This instance among the others that have the store open: its lease, and which lanes it has.
+
+Beside the way publish → journal → store → *lanes* → workers → outcome. Now and then, and whenever others have changed something,
+it takes a step: it renews its lease, looks how all stand, gives up the lanes that are not its own any more, takes those that are
+free and meant for it, and lets those that are meant for others come to rest, to give them back. Lanes that nobody had before
+are taken here, too; so the start of a bus is a first step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
+from eventbus._sharing import LaneKey, share
+from eventbus.errors import BusNotOpen, EventBusError
+from eventbus.stores.base import (
+    Beat,
+    Claim,
+    Instance,
+    LaneState,
+    Notice,
+    Register,
+    Release,
+    Stand,
+    Standing,
+    Types,
+    WaitingRows,
+    since_of,
+)
+
+if TYPE_CHECKING:
+    from eventbus._dispatch import Dispatcher
+    from eventbus._journal import Journal
+    from eventbus._lanes import Lane
+    from eventbus._loop import Waiter
+    from eventbus._reader import Reader
+    from eventbus._serving import Serving
+
+_log = logging.getLogger("eventbus")
+
+RETRY = 0.5
+"""Seconds after which a step that failed is taken again."""
+RENEWALS = 3
+"""So many times in a lease it is renewed."""
+
+NOBODY = Standing(0, (), (), ())
+
+
+class Membership:
+    """One instance's part in the store."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, journal: Journal, reader: Reader, instance: Instance, lease: float, *, shared: bool
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._environment = dispatcher.environment
+        self._journal = journal
+        self._reader = reader
+        self._instance = instance
+        self._lease = lease
+        self._shared = shared
+        self._joined = False
+        self._shares: Mapping[LaneKey, str | None] = {}
+        self._holds: list[str] = []
+        self._seen = -1  # of the standing's changes
+        self._changed = self._environment.loop.waiter()
+        self._renew_at = -math.inf
+        self._waiters: list[Waiter] = []
+        self.on_step: Callable[[], object] = lambda: None
+        self.standing = NOBODY
+        """How all stood when it was looked last."""
+
+    # -------------------------------------------------------------- when to take a step
+
+    async def run(self) -> None:
+        """Take steps until cancelled."""
+        while True:
+            self._plan_renewal()
+            await self._changed.wait()
+            self._changed = self._environment.loop.waiter()
+            try:
+                await self.step()
+            except BusNotOpen:
+                return
+            except EventBusError as error:
+                _log.error("the lease of this instance could not be renewed, trying again: %s", error)
+                self._environment.timers.after(min(RETRY, self._lease / RENEWALS), self.poke)
+
+    def _plan_renewal(self) -> None:
+        now = self._environment.clock.monotonic()
+        if self._renew_at <= now:
+            self._renew_at = now + self._lease / RENEWALS
+            self._environment.timers.at(self._renew_at, self.poke)
+
+    def poke(self) -> None:
+        """Take a step soon."""
+        self._changed.set()
+
+    def noticed(self, notice: Notice) -> None:
+        """Others have written to the store."""
+        if notice.died or notice.changes != self._seen:
+            self.poke()
+
+    # -------------------------------------------------------------- a step
+
+    async def step(self) -> None:
+        """Renew the lease, look, give up, take, give back."""
+        await self.renew()
+        lanes = self._dispatcher.lanes()
+        pauses = {serving: serving.pauses for serving in self._dispatcher.servings.values()}
+        self.standing = standing = await self._reader.ask(Stand())
+        self._journal.notice_every = math.inf if not self._shared else NOTICE_ALONE if self.is_alone() else NOTICE_INTERVAL
+        self._follow(standing, pauses)
+        self._give_up(standing, lanes)
+        await self._change_generations()
+        known = await self._reader.ask(Types())
+        self._dispatcher.known_types.update(known)
+        wanted = {name: dict(serving.lanes_wanted(known)) for name, serving in self._dispatcher.servings.items()}
+        self._shares = share(self.standing, wanted)
+        await self._give_back()
+        await self._take(wanted, known)
+        if standing.changes != self._seen:
+            self._seen = standing.changes
+            for serving in self._dispatcher.servings.values():
+                serving.redriver.kick()
+        self._tell_waiters()
+        self.on_step()
+
+    async def renew(self) -> None:
+        """Show that this instance is alive."""
+        begun = self._environment.clock.monotonic()
+        serves = {name: serving.serves() for name, serving in self._dispatcher.servings.items()}
+        known = await self._journal.command(Beat(self._instance, begun, self._lease, serves, tuple(sorted(set(self._holds)))))
+        if self._joined and not known:
+            _log.warning("the others have taken this instance for dead: its lease had ended. It begins anew")
+            for lane in self._dispatcher.lanes():
+                self.lose(lane)
+        self._joined = True
+        lapsed = self._environment.deadline <= begun
+        self._environment.deadline = begun + self._lease if self._shared else math.inf
+        if lapsed:
+            self._dispatcher.wake_all()
+
+    async def leave(self) -> None:
+        """Sign off; the lanes are free."""
+        await self._journal.command(Beat(self._instance, leaving=True))
+
+    def is_alone(self) -> bool:
+        """Whether there is no other instance."""
+        return all(member.instance.id == self._instance.id for member in self.standing.members)
+
+    # -------------------------------------------------------------- what others have changed
+
+    def _follow(self, standing: Standing, pauses: Mapping[Serving, int]) -> None:
+        """What others have done to the subscriptions holds here as well."""
+        stored = {each.name: each for each in standing.subscriptions}
+        for name, serving in list(self._dispatcher.servings.items()):
+            if name not in stored:
+                _log.warning("the subscription %r was removed by another instance", name)
+                self._dispatcher.remove(serving)
+                continue
+            serving.follow(stored[name])
+            if pauses.get(serving) == serving.pauses:
+                serving.follow_pause(stored[name].paused)
+        self._dispatcher.note_others(standing.subscriptions)
+
+    def _give_up(self, standing: Standing, lanes: Iterable[Lane]) -> None:
+        """Lanes that are not ours any more, or not as they were."""
+        owned = {(o.subscription, o.lane): o.epoch for o in standing.lanes if o.owner == self._instance.id}
+        for lane in lanes:
+            epoch = owned.get((lane.holder.options.name, lane.name))
+            if not lane.closed and not lane.holder.rewinding and (epoch is None or epoch > lane.epoch):
+                self.lose(lane)
+
+    def lose(self, lane: Lane) -> None:
+        """Another has this lane now, or it was set back elsewhere; if it is ours still, it is taken anew."""
+        lane.move()
+        self._dispatcher.drop_lane(lane)
+        self.poke()
+
+    async def _change_generations(self) -> None:
+        """Try again to have order and concurrency as they are declared here, now that others may have gone."""
+        waiting = [serving for serving in self._dispatcher.servings.values() if serving.waits_for is not None]
+        if waiting:
+            command = Register(tuple(serving.registration for serving in waiting), self._instance.id)
+            for now in await self._journal.command(command):
+                self._dispatcher.servings[now.name].follow(now)
+            self.standing = await self._reader.ask(Stand())
+
+    # -------------------------------------------------------------- give back
+
+    async def _give_back(self) -> None:
+        """Let lanes that others are to have come to rest, and release those that have."""
+        resting = []
+        for lane in self._dispatcher.lanes():
+            goes = self._goes(lane)
+            if lane.retiring and not goes:
+                lane.retiring = False
+                lane.wake()
+            elif goes and lane.retiring and lane.is_quiet():
+                resting.append(lane)
+            elif goes and not lane.retiring:
+                lane.retire(self.poke)
+        if resting:
+            names = tuple((lane.holder.options.name, lane.name) for lane in resting)
+            await self._journal.command(Release(self._instance.id, names))
+            for lane in resting:
+                lane.move()
+                self._dispatcher.drop_lane(lane)
+
+    def _goes(self, lane: Lane) -> bool:
+        meant_for = self._shares.get((lane.holder.options.name, lane.name))
+        return meant_for is not None and meant_for != self._instance.id
+
+    # -------------------------------------------------------------- take
+
+    async def _take(self, wanted: Mapping[str, Mapping[str, int]], known: Mapping[str, int]) -> None:
+        """Claim what is free and meant for us."""
+        members = {member.instance.id for member in self.standing.members} - {self._instance.id}
+        taken = {(each.subscription, each.lane) for each in self.standing.lanes if each.owner in members}
+        ours = [key for key, id in self._shares.items() if id == self._instance.id and key not in taken]
+        lanes = []
+        for name, lane in ours:
+            serving = self._dispatcher.servings.get(name)
+            if serving is not None and lane not in serving.lanes and lane not in serving.claiming:
+                serving.claiming.add(lane)
+                lanes.append((name, lane, wanted[name].get(lane, 0)))
+        if not lanes:
+            return
+        generations = {each.name: each.generation for each in self.standing.subscriptions}
+        states: Sequence[LaneState | None] = ()
+        try:
+            states = await self._journal.command(Claim(self._instance.id, tuple(lanes), generations))
+            rows = await self._reader.ask(WaitingRows()) if any(states) else ()
+        finally:
+            for name, lane, _ in lanes:
+                if name in self._dispatcher.servings:
+                    self._dispatcher.servings[name].claiming.discard(lane)
+        for state in states:
+            if state is not None and state.subscription in self._dispatcher.servings:
+                own = [row for row in rows if row.subscription == state.subscription]
+                self._dispatcher.add_lane(self._dispatcher.servings[state.subscription], state, own, known)
+        self._dispatcher.lanes_changed()
+
+    def want_lane(self, serving: Serving, type: str) -> None:
+        """A type has come up that a subscription in order "type" wants and has no lane for; its events wait in the log."""
+        name = serving.options.name
+        meant_for = self._shares.get((name, type), self._instance.id)
+        if type in serving.claiming or type in serving.lanes or meant_for != self._instance.id or serving.waits_for is not None:
+            return
+        serving.claiming.add(type)
+
+        def claimed(result: tuple[LaneState | None, ...] | Exception) -> None:
+            serving.claiming.discard(type)
+            if isinstance(result, Exception):
+                _log.error("%s: the lane %r could not be claimed: %s", name, type, result)
+            elif result[0] is None:
+                self.poke()  # another was first
+            elif name in self._dispatcher.servings and not self._dispatcher.closing:
+                self._dispatcher.add_lane(serving, result[0])
+                serving.redriver.kick()
+            self._dispatcher.lanes_changed()
+
+        try:
+            start = since_of(serving.since, type) or 0
+            claim = Claim(self._instance.id, ((name, type, start),), {name: serving.generation})
+            self._journal.submit(claim, claimed)
+        except EventBusError:  # the bus is closing, or the journal has stopped
+            serving.claiming.discard(type)
+            self._dispatcher.lanes_changed()
+
+    def look_for_types(self) -> None:
+        """Others have published: there may be types for which a lane is wanted."""
+        if any(
+            serving.options.order == "type" and serving.exact_types() is None for serving in self._dispatcher.servings.values()
+        ):
+            self._reader.ask_then(Types(), self._on_types)
+
+    def _on_types(self, known: Mapping[str, int] | BaseException) -> None:
+        if isinstance(known, BaseException):
+            _log.error("the types in the log could not be read, trying again: %s", known)
+            self._environment.timers.after(RETRY, self.look_for_types)
+            return
+        for type in known.keys() - self._dispatcher.known_types:
+            self._dispatcher.known_types.add(type)
+            for serving in self._dispatcher.servings.values():
+                if serving.options.order == "type" and serving.wants(type):
+                    self.want_lane(serving, type)
+
+    # -------------------------------------------------------------- for those who need to know
+
+    def serves_elsewhere(self, name: str) -> bool:
+        """Whether another instance that is alive serves a subscription."""
+        return any(name in m.serves for m in self.standing.members if m.instance.id != self._instance.id)
+
+    async def hold(self, names: Sequence[str], check: Callable[[], object]) -> None:
+        """Have all lanes of these subscriptions, however many instances there are, until `let_go`. `check` raises when it is no
+        use to wait any longer."""
+        self._holds += names
+        while not all(self._has_whole(name) for name in names):
+            check()
+            self.poke()
+            await self.next_step()
+
+    def _has_whole(self, name: str) -> bool:
+        serving = self._dispatcher.servings.get(name)
+        if serving is None or not self._shared or self.is_alone():
+            return True
+        lanes = {lane for subscription, lane in self._shares if subscription == name}
+        return name in self._held() and lanes <= serving.lanes.keys()
+
+    def _held(self) -> Sequence[str]:
+        return next((m.holds for m in self.standing.members if m.instance.id == self._instance.id), ())
+
+    def let_go(self, names: Sequence[str]) -> None:
+        """The end of a `hold`."""
+        for name in names:
+            self._holds.remove(name)
+        self.poke()
+
+    async def next_step(self) -> None:
+        """Wait until a step has been taken."""
+        waiter = self._environment.loop.waiter()
+        self._waiters.append(waiter)
+        await waiter.wait()
+
+    def _tell_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.set()

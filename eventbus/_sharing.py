@@ -1,0 +1,91 @@
+"""How instances share lanes out: pure decisions, the same in every instance that sees the same standing.
+
+Beside the way publish → journal → store → *lanes* → workers → outcome. In come the instances that are alive, the subscriptions as
+they are stored, and who owns which lane; out comes who should. Each instance takes what is free and meant for it, and gives
+back what it has and is meant for another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from eventbus.stores.base import Member, Serves, Standing, Subscribed, type_matches
+
+LaneKey = tuple[str, str]
+
+
+def share(standing: Standing, lanes: Mapping[str, Iterable[str]]) -> dict[LaneKey, str | None]:
+    """Who should own each lane; None where nobody can.
+
+    Of a subscription each instance that serves it gets as many lanes as any other, or one less; who gets one more is who has
+    least of all together. A lane stays where it is as long as that is so.
+
+    Args:
+        lanes: the lanes of each subscription. Those of others are left out.
+    """
+    shares: dict[LaneKey, str | None] = {}
+    load: Counter[str] = Counter()
+    owners = {(each.subscription, each.lane): each.owner for each in standing.lanes}
+    for subscribed in standing.subscriptions:
+        names = sorted(set(lanes.get(subscribed.name, ())))
+        candidates = _candidates(standing.members, subscribed)
+        if names:
+            shares |= _share_one(subscribed, names, candidates, owners, load)
+    return shares
+
+
+def _candidates(members: Sequence[Member], subscribed: Subscribed) -> dict[str, Serves]:
+    """The instances that can run its lanes; if one of them wants it whole, that one alone."""
+    name = subscribed.name
+    serving = {m.instance.id: m for m in members if name in m.serves and fits(m.serves[name], subscribed)}
+    holding = [id for id, member in serving.items() if name in member.holds]
+    return {id: member.serves[name] for id, member in serving.items() if not holding or id == min(holding)}
+
+
+def fits(serves: Serves, subscribed: Subscribed) -> bool:
+    """Whether an instance serves a subscription as it is stored. A lane that holds several types would pass by those that the
+    instance does not declare; subclasses that it does not know make the lane wait instead."""
+    if (serves.order, serves.concurrency) != (subscribed.order, subscribed.concurrency):
+        return False
+    return serves.order == "type" or set(serves.types) >= set(subscribed.types) - set(subscribed.derived)
+
+
+def _can(serves: Serves, lane: str) -> bool:
+    if lane in serves.cannot:
+        return False
+    return serves.order != "type" or any(type_matches(pattern, lane) for pattern in serves.types)
+
+
+def _share_one(
+    subscribed: Subscribed,
+    lanes: Sequence[str],
+    candidates: Mapping[str, Serves],
+    owners: Mapping[LaneKey, str | None],
+    load: Counter[str],
+) -> dict[LaneKey, str | None]:
+    quotas = _quotas(len(lanes), sorted(candidates, key=lambda each: (load[each], each)))
+    shares: dict[LaneKey, str | None] = {}
+    has: Counter[str] = Counter()
+    for lane in lanes:
+        owner = owners.get((subscribed.name, lane))
+        if owner is not None and has[owner] < quotas.get(owner, 0) and _can(candidates[owner], lane):
+            shares[subscribed.name, lane] = owner
+            has[owner] += 1
+    for lane in lanes:
+        if (subscribed.name, lane) not in shares:
+            able = [id for id, serves in candidates.items() if _can(serves, lane)]
+            best = min(able, key=lambda each: (has[each] - quotas[each], load[each] + has[each], each), default=None)
+            shares[subscribed.name, lane] = best
+            if best is not None:
+                has[best] += 1
+    load.update(has)
+    return shares
+
+
+def _quotas(lanes: int, instances: Sequence[str]) -> dict[str, int]:
+    """How many lanes each gets; the first ones get one more where it does not come out even."""
+    if not instances:
+        return {}
+    each, more = divmod(lanes, len(instances))
+    return {id: each + (index < more) for index, id in enumerate(instances)}
