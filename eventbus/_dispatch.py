@@ -46,6 +46,7 @@ class Dispatcher:
         self.on_foreign: Callable[[], object] = lambda: None
         """Others have published."""
         self.on_notice: Callable[[Notice], object] = lambda _notice: None
+        self.on_renewal_due: Callable[[], object] = lambda: None
         self.on_lane_lost: Callable[[], object] = lambda: None
         self.declared: set[str] = set()
         """Names of the subscriptions of this program, dispatched or not."""
@@ -84,6 +85,10 @@ class Dispatcher:
         if notice.head > self.head:
             self._others_published(notice.head)
         self.on_notice(notice)
+
+    def renewal_due(self) -> None:
+        """The lease must be renewed."""
+        self.on_renewal_due()
 
     def _others_published(self, head: int) -> None:
         self.head = head
@@ -194,6 +199,13 @@ class Dispatcher:
             self._await_lanes.append(waiter)
             await waiter.wait()
             self.check_open()
+
+    def follow(self, stored: Subscribed) -> None:
+        """A subscription is stored otherwise than before."""
+        if stored.name in self.servings:
+            self.servings[stored.name].follow(stored)
+        elif stored.name in self.others:
+            self.others[stored.name] = (stored, self.others[stored.name][1])
 
     def note_others(self, stored: Iterable[Subscribed]) -> None:
         """Remember the stored subscriptions that are not dispatched here, and report those without a handler, once."""

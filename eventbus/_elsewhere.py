@@ -131,10 +131,8 @@ class Elsewhere:
 
     def _stored(self) -> list[Subscribed]:
         """The subscriptions as far as they are known here."""
-        stored = {each.name: each for each in self._membership.standing.subscriptions}
-        stored |= {name: each for name, (each, _) in self._dispatcher.others.items()}
-        known = {*self._dispatcher.servings, *self._dispatcher.others}
-        return [each for name, each in stored.items() if name in known]
+        here = [serving.stored for serving in self._dispatcher.servings.values()]
+        return [*here, *(stored for stored, _ in self._dispatcher.others.values())]
 
     def _hindrance(self, stored: Subscribed, record: Record) -> str | None:
         """Why nothing comes of an event for now, if so."""

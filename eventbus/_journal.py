@@ -68,6 +68,9 @@ class Listener(Protocol):
     def noticed(self, notice: Notice) -> None:
         """Others have written to the store."""
 
+    def renewal_due(self) -> None:
+        """The time that `Journal.renew_at` named has come."""
+
     def halt(self, error: EventBusError) -> None:
         """Outcomes cannot be written: start no further attempt."""
 
@@ -137,6 +140,8 @@ class Journal:
         self.listener: Listener | None = None
         self.notice_every = math.inf
         """Seconds between looks at what other instances have done; infinite where there can be none."""
+        self.renew_at = math.inf
+        """When, by the store's clock, the listener is to be told that the lease must be renewed."""
         self._notice_at = 0.0
         self._blind = False
 
@@ -299,8 +304,11 @@ class Journal:
                 self._look_around()
 
     def _look_around(self) -> None:
-        """See what others have done, if it is time for that."""
-        now = self._clock.monotonic()
+        """See what others have done, if it is time for that. By the machine's time: they do not go by the clock given here."""
+        now = self._store.monotonic()
+        if now >= self.renew_at:
+            self.renew_at = math.inf
+            self._post(self._on_renewal)
         if now < self._notice_at or not self.is_open:
             return
         self._notice_at = now + self.notice_every
@@ -344,7 +352,6 @@ class Journal:
                     else:
                         self._bell.wait()  # it was rung in between
                     if self.notice_every < seconds:
-                        self._notice_at = -math.inf
                         return _Pending()
                     self._pending.urgent = True  # also when the wait is over by the machine's clock, but not by the one given
                     return self._taken()
@@ -405,6 +412,10 @@ class Journal:
     def _on_notice(self, notice: Notice) -> None:
         if self.listener is not None:
             self.listener.noticed(notice)
+
+    def _on_renewal(self) -> None:
+        if self.listener is not None:
+            self.listener.renewal_due()
 
     def _on_committed(self, pending: _Pending, committed: Committed) -> None:
         listener = self.listener

@@ -144,7 +144,8 @@ class Environment(msgspec.Struct, eq=False):
 
     Attributes:
         halted: outcomes cannot be written for now, or never again: start no further attempt.
-        deadline: the end of this instance's lease, by the clock's monotonic time: from then on the lanes may be another's.
+        lease_clock: the store's; see `Store.monotonic`. deadline: the end of this instance's lease by it: from then on the lanes
+            may be another's.
     """
 
     clock: Clock
@@ -155,6 +156,7 @@ class Environment(msgspec.Struct, eq=False):
     random: Callable[[], float]
     schedule: Callable[[Lane], object]
     notify: Callable[[Moment], object]
+    lease_clock: Callable[[], float]
     cascades: list[Cascade] = []
     scheduled: Callable[[float], object] = lambda _due_at: None
     fenced: Callable[[Lane], object] = lambda lane: lane.move()
@@ -251,7 +253,7 @@ class Lane:
         holder, environment = self.holder, self.environment
         if holder.paused is not None or holder.rewinding or environment.halted or self.blocked is not None or self.closed:
             return True
-        return self.retiring or environment.clock.monotonic() >= environment.deadline
+        return self.retiring or environment.lease_clock() >= environment.deadline
 
     def take_more(self, limit: int) -> list[Attempt]:
         """Further first attempts from the log, after one from there, for one crossing into a thread."""
@@ -408,10 +410,8 @@ class Lane:
         """Why nothing more comes of this lane for now, if so. What ran when it was paused or blocked still comes to its end."""
         if self.holder.paused is not None:
             reason: str | None = f"paused: {self.holder.paused}"
-        elif self.moved:
-            return MOVED
         elif self.closed:
-            reason = "not dispatched"
+            return MOVED if self.moved else "not dispatched"
         else:
             reason = self.blocked
         return None if self.running or not self.up_to_date() else reason

@@ -67,7 +67,6 @@ class Membership:
         self._holds: list[str] = []
         self._seen = -1  # of the standing's changes
         self._changed = self._environment.loop.waiter()
-        self._renew_at = -math.inf
         self._waiters: list[Waiter] = []
         self.on_step: Callable[[], object] = lambda: None
         self.standing = NOBODY
@@ -78,7 +77,6 @@ class Membership:
     async def run(self) -> None:
         """Take steps until cancelled."""
         while True:
-            self._plan_renewal()
             await self._changed.wait()
             self._changed = self._environment.loop.waiter()
             try:
@@ -87,13 +85,7 @@ class Membership:
                 return
             except EventBusError as error:
                 _log.error("the lease of this instance could not be renewed, trying again: %s", error)
-                self._environment.timers.after(min(RETRY, self._lease / RENEWALS), self.poke)
-
-    def _plan_renewal(self) -> None:
-        now = self._environment.clock.monotonic()
-        if self._renew_at <= now:
-            self._renew_at = now + self._lease / RENEWALS
-            self._environment.timers.at(self._renew_at, self.poke)
+                self._journal.renew_at = self._environment.lease_clock() + min(RETRY, self._lease / RENEWALS)
 
     def poke(self) -> None:
         """Take a step soon."""
@@ -131,7 +123,7 @@ class Membership:
 
     async def renew(self) -> None:
         """Show that this instance is alive."""
-        begun = self._environment.clock.monotonic()
+        begun = self._environment.lease_clock()
         serves = {name: serving.serves() for name, serving in self._dispatcher.servings.items()}
         known = await self._journal.command(Beat(self._instance, begun, self._lease, serves, tuple(sorted(set(self._holds)))))
         if self._joined and not known:
@@ -140,7 +132,9 @@ class Membership:
                 self.lose(lane)
         self._joined = True
         lapsed = self._environment.deadline <= begun
-        self._environment.deadline = begun + self._lease if self._shared else math.inf
+        if self._shared:
+            self._environment.deadline = begun + self._lease
+            self._journal.renew_at = begun + self._lease / RENEWALS
         if lapsed:
             self._dispatcher.wake_all()
 

@@ -49,7 +49,7 @@ def store_of(store: str | os.PathLike[str] | Store | None, durability: Durabilit
     if store is None:
         raise ConfigurationError("no store: give a path to EventBus(…) or to open(…)")
     if not isinstance(store, (str, os.PathLike)):
-        check_methods(store=store, methods=("features", "open", "close", "commit", "read"))
+        check_methods(store=store, methods=("features", "open", "close", "commit", "monotonic", "notice", "read"))
         return store
     address = os.fspath(store)
     if not address or not isinstance(address, str):

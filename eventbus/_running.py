@@ -95,6 +95,7 @@ class Running:
             random.random,
             self._schedule,
             lambda moment: notify(settings.hooks, moment),
+            store.monotonic,
         )
         self.dispatcher = Dispatcher(self.environment, self.decoder, self.encoder, Budget(WAITING_BYTES))
         self.pool = Pool(self.environment, settings.workers, "eventbus", handler_context())
@@ -142,6 +143,7 @@ class Running:
             self.dispatcher.on_new_lane = self.membership.want_lane
             self.dispatcher.on_foreign = self.membership.look_for_types
             self.dispatcher.on_notice = self._on_notice
+            self.dispatcher.on_renewal_due = self.membership.poke
             self.dispatcher.on_lane_lost = self._interrupt_replays
             await recover(self.dispatcher, self.journal, self.membership, self.instance, wanted)
         except BaseException:
@@ -288,9 +290,7 @@ class Running:
             _log.error("a type could not join its subscriptions: %s", result)
             return
         for stored in result:
-            serving = self.dispatcher.servings.get(stored.name)
-            if serving is not None:
-                serving.follow(stored)
+            self.dispatcher.follow(stored)
 
     async def pause(self, name: str, reason: str) -> None:
         """Stop delivering to a subscription, in the store and here."""

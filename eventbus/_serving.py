@@ -58,7 +58,7 @@ class Serving:
         self.options = options
         self.registration = registration
         self._takes_event = not options.takes_delivery and not options.takes_envelope
-        self._stored = stored
+        self.stored = stored
         self.types = self._types_of(stored)
         self.since = dict(stored.since)
         self.paused = stored.paused
@@ -106,20 +106,20 @@ class Serving:
 
     def accepts(self, record: Record) -> bool:
         """Whether this event is for it, and was not settled before its lanes were made anew."""
-        return record.position > self.start_of(record.type) and not (self._stored.floors and self._settled_before(record))
+        return record.position > self.start_of(record.type) and not (self.stored.floors and self._settled_before(record))
 
     def _settled_before(self, record: Record) -> bool:
-        return self._stored.settled_before(record.position, record.type, record.slot, record.key)
+        return self.stored.settled_before(record.position, record.type, record.slot, record.key)
 
     @property
     def generation(self) -> int:
         """Of the stored subscription."""
-        return self._stored.generation
+        return self.stored.generation
 
     @property
     def waits_for(self) -> str | None:
         """Why it has no lanes: an instance of another deployment has them."""
-        stored, options = self._stored, self.options
+        stored, options = self.stored, self.options
         if (stored.order, stored.concurrency) == (options.order, options.concurrency):
             return None
         return (
@@ -134,7 +134,7 @@ class Serving:
 
     def follow(self, stored: Subscribed) -> None:
         """It is stored otherwise than before: with other types, or other lanes."""
-        before, self._stored = self._stored, stored
+        before, self.stored = self.stored, stored
         if before.generation != stored.generation and self.waits_for is not None:
             _log.warning("%s: %s", self.options.name, self.waits_for)
         if before.floors != stored.floors:
@@ -168,8 +168,8 @@ class Serving:
     def rewound(self, after: int, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
         """Its lanes have been set back, these rows are left; what they were doing does not count any more."""
         since = {name: min(start, after) for name, start in self.since.items()}
-        floors = tuple(floor.down_to(after) for floor in self._stored.floors)
-        self.follow(msgspec.structs.replace(self._stored, since=since, floors=floors))
+        floors = tuple(floor.down_to(after) for floor in self.stored.floors)
+        self.follow(msgspec.structs.replace(self.stored, since=since, floors=floors))
         for state in states:
             lane = self.lanes.get(state.lane)
             if lane is not None:
@@ -262,7 +262,7 @@ class Serving:
             lanes = self.options.concurrency if self.options.order == "key" else 1
             get_head = self._dispatcher.get_head
             feed = self.feeds[name] = Feed(lanes, types, self.start_of, environment.reader, environment.timers, get_head)
-            feed.settled_before = self._settled_before if self._stored.floors else None
+            feed.settled_before = self._settled_before if self.stored.floors else None
         return self.feeds[name]
 
     # -------------------------------------------------------------- what lanes and workers ask of it

@@ -278,6 +278,10 @@ class Store(Protocol):
             PublishOutcomeUnknown: not even a second look could tell.
         """
 
+    def monotonic(self) -> float:
+        """The time by which leases are measured: seconds of a clock that only goes forward and that all instances share. From any
+        thread; within microseconds."""
+
     def notice(self) -> Notice | None:
         """What others have done since the last call; None where nothing was, which must cost no more than microseconds, since it
         is asked for fifty times a second. Called only where the store is `shared`.

@@ -135,7 +135,7 @@ class Beat(Command[bool], frozen=True):
     new, or the others have taken it for dead, and its lanes with it.
 
     Attributes:
-        monotonic: the time, in seconds of a clock that only goes forward and that all instances share.
+        monotonic: the time, by `Store.monotonic`.
         serves: the subscriptions that it runs. holds: those of them that it wants whole, for a replay.
     """
 

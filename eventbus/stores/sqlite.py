@@ -17,6 +17,7 @@ import os
 import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
@@ -320,6 +321,10 @@ class SQLiteStore:
         self._suspect = False
 
     # -------------------------------------------------------------- others
+
+    def monotonic(self) -> float:
+        """See `Store.monotonic`: CLOCK_MONOTONIC, which all processes of one start of a machine share."""
+        return time.monotonic()
 
     def notice(self) -> Notice | None:
         """See `Store.notice`."""

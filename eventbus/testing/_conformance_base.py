@@ -15,6 +15,7 @@ import pytest
 
 from eventbus.stores.base import (
     Batch,
+    Beat,
     Claim,
     Command,
     Committed,
@@ -47,6 +48,8 @@ NOW = 1_700_000_000.0
 """What the tests' clock says: unix seconds."""
 
 INSTANCE = Instance("01890000-0000-7000-8000-00000000aaaa", "conformance", "localhost", 4711, NOW)
+
+OTHER = Instance("01890000-0000-7000-8000-00000000bbbb", "another", "localhost", 4712, NOW)
 
 _numbers = itertools.count(1)
 
@@ -139,6 +142,10 @@ class ConformanceBase:
         registration = Registration(name, types, **{"order": "type", "concurrency": 1, "start": "beginning", **options})
         (subscribed,) = self.run(store, Register((registration,)))
         return subscribed
+
+    def beat(self, store: Store, instance: Instance, **options: Any) -> bool:
+        """Show that an instance is alive."""
+        return self.run(store, Beat(instance, **options))
 
     def claim(self, store: Store, subscription: str = "mailer", lane: str = "order.created", start: int = 0) -> LaneState:
         """Become the owner of a lane."""

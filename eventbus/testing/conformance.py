@@ -25,10 +25,11 @@ from __future__ import annotations
 import pytest
 
 # Before they are imported, so that a failed assertion says what was found.
-for _part in ("base", "commands", "log", "outcomes"):
+for _part in ("base", "commands", "instances", "log", "outcomes"):
     pytest.register_assert_rewrite(f"eventbus.testing._conformance_{_part}")
 
 from eventbus.testing import _conformance_commands as _commands  # noqa: E402
+from eventbus.testing import _conformance_instances as _instances  # noqa: E402
 from eventbus.testing import _conformance_log as _log  # noqa: E402
 from eventbus.testing import _conformance_outcomes as _outcomes  # noqa: E402
 
@@ -49,6 +50,8 @@ class StoreConformance(
     _commands.Claiming,
     _commands.Rewinding,
     _commands.Pruning,
+    _instances.Generations,
+    _instances.Instances,
 ):
     """Subclass it and define `make_store`; see the module.
 

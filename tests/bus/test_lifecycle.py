@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -26,9 +25,7 @@ from eventbus import (
     ConfigurationError,
     Delivery,
     EventBus,
-    InvalidSubscription,
     RetryPolicy,
-    StoreInUse,
     StoreUnavailable,
 )
 from eventbus.stores.sqlite import SQLiteStore
@@ -124,22 +121,6 @@ async def test_a_failed_open_leaves_nothing(db: str) -> None:
     assert_gone(db)
 
 
-async def test_an_open_refused_while_registering_leaves_nothing(db: str) -> None:
-    """If a subscription cannot be changed as declared, the bus is closed again whole."""
-    first = EventBus(db)
-    first.subscribe(Placed, name="h", order="key")(Recorder().note)
-    async with first.open(dispatch=False):
-        await first.publish(Placed(1), key="a")
-    second = EventBus(db)
-    second.subscribe(Placed, name="h", order="none")(Recorder().note)
-    with pytest.raises(InvalidSubscription, match="'h'"):
-        async with second:
-            pass
-    assert_gone(db)
-    async with first:
-        await first.drain(5)
-
-
 async def test_a_store_that_cannot_be_closed_leaves_no_thread(db: str) -> None:
     """If closing the store fails, that error comes out, the threads are ended, and the bus can be opened again."""
 
@@ -172,52 +153,6 @@ async def test_cancelled_while_opening_leaves_nothing(db: str) -> None:
     assert_gone(db)
     async with bus:
         await bus.publish(Placed(1))
-
-
-async def test_a_second_instance_is_refused_and_told_who_holds_the_file(db: str) -> None:
-    """While one bus has the file open, another one's open fails at once, naming the holder."""
-    async with EventBus(db, name="front-desk"):
-        with pytest.raises(StoreInUse, match="front-desk") as caught:
-            async with EventBus(db):
-                pass
-        assert str(os.getpid()) in str(caught.value)
-    async with EventBus(db):
-        pass
-
-
-def test_a_second_process_is_refused(db: str) -> None:
-    """The same holds between processes; the message names the process that holds it."""
-    program = """
-        import anyio, sys
-        from eventbus import EventBus
-
-        async def main():
-            async with EventBus(sys.argv[1], name="other"):
-                print("open", flush=True)
-                await anyio.sleep_forever()
-
-        anyio.run(main)
-    """
-    other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program), db], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "open\n"
-
-        async def opens() -> None:
-            async with EventBus(db):
-                pass
-
-        with pytest.raises(StoreInUse, match=f"other.*{other.pid}|{other.pid}.*other"):
-            anyio.run(opens)
-    finally:
-        other.kill()
-        other.wait()
-        assert other.stdout is not None
-        other.stdout.close()
-    anyio.run(opens)
-
-
-# ------------------------------------------------------------------ restart
 
 
 @pytest.mark.parametrize("order", ["type", "key", "log", "none"])

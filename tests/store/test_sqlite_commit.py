@@ -82,7 +82,7 @@ def test_steps_of_a_commit(store: SQLiteStore, count: int) -> None:
     with traced(store._writer) as statements:
         store.commit(Batch(NOW, appends=[records(count)]))
     assert statements == ["INSERT"]
-    units = [Unit("mailer", state.lane, 1, "log", 1, 1) for state in states]
+    units = [Unit("mailer", state.lane, state.epoch, "log", 1, 1) for state in states]
     with traced(store._writer) as statements:
         store.commit(Batch(NOW, appends=[[event] for event in records(count)], units=units))
     assert statements == ["BEGIN", "SELECT", "INSERT", "INSERT", "COMMIT"]

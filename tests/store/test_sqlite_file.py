@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import sqlite3
 import stat
@@ -25,7 +26,7 @@ from eventbus.errors import (
     StoreUnsafe,
 )
 from eventbus.stores import _sqlite_connection, _sqlite_file
-from eventbus.stores.base import Batch, Instance, LogState
+from eventbus.stores.base import Batch, Instance, LogState, Register, Registration, Subscriptions
 from eventbus.stores.sqlite import SQLiteStore
 from eventbus.testing._conformance_base import INSTANCE, NOW, records
 
@@ -203,7 +204,30 @@ def test_migrations_are_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with opened(tmp_path / "a.db") as store:
         assert store.read(LogState()).head == 0
     assert outside(tmp_path / "a.db", "PRAGMA application_id") == [(schema.APPLICATION_ID,)]
-    assert outside(tmp_path / "a.db", "SELECT migration_set, name FROM _sqlite_migrations") == [("eventbus", "0001_first")]
+    assert outside(tmp_path / "a.db", "SELECT migration_set, name FROM _sqlite_migrations") == [
+        ("eventbus", "0001_first"),
+        ("eventbus", "0002_several_processes"),
+    ]
+
+
+def test_a_file_of_the_first_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file whose tables are of the first version is brought up to date, and keeps what it holds."""
+    from eventbus.stores import _sqlite_schema as schema
+
+    connection = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
+    for statement in schema._FIRST:
+        connection.execute(statement)
+    connection.execute("INSERT INTO subscriptions VALUES ('mailer', '[\"a\"]', '{\"a\":0}', '[]', 'type', 1, 7, NULL, NULL, 5)")
+    connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+    connection.execute("PRAGMA user_version = 1")
+    connection.execute("CREATE TABLE _sqlite_migrations (migration_set TEXT, name TEXT, applied_at TEXT)")
+    connection.execute("INSERT INTO _sqlite_migrations VALUES ('eventbus', '0001_first', '')")
+    connection.close()
+    with opened(tmp_path / "a.db") as store:
+        (subscribed,) = store.read(Subscriptions())
+        assert (subscribed.name, subscribed.generation, subscribed.floors) == ("mailer", 7, ())
+        store.commit(Batch(NOW, commands=[Register((Registration("other", ("a",), "type", 1),))]))
+        assert store.read(Subscriptions())[1].generation > 7
 
 
 def test_people_can_read_it(tmp_path: Path) -> None:
@@ -264,15 +288,29 @@ def test_a_network_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------ one instance
 
 
-def test_in_use(tmp_path: Path) -> None:
-    """A second store on a file is refused, by the name of the first, in this process too; then it may have it."""
-    (tmp_path / "link.db").symlink_to(tmp_path / "a.db")
+def test_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file whose lock another has taken for itself, as eventbus before 0.1 did, is refused; then it may be had."""
+    monkeypatch.setattr("eventbus.stores.sqlite.BUSY_TIMEOUT", 50)
+    with (tmp_path / "a.db-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreInUse, match=r"a\.db is in use"):
+            SQLiteStore(tmp_path / "a.db").open(ME)
     with opened(tmp_path / "a.db"):
-        for path in (tmp_path / "a.db", tmp_path / "link.db"):
-            with pytest.raises(StoreInUse, match=r"'shop'.*2023-11-14"):
-                SQLiteStore(path).open(INSTANCE)
-    with opened(tmp_path / "link.db"):
         pass
+
+
+def test_several_names_of_a_file(tmp_path: Path) -> None:
+    """Two stores on one file, also by a symbolic link, take turns to write, and see what the other has written."""
+    (tmp_path / "link.db").symlink_to(tmp_path / "a.db")
+    with opened(tmp_path / "a.db") as first:
+        second = SQLiteStore(tmp_path / "link.db")
+        second.open(INSTANCE)
+        try:
+            for store in (first, second, first):
+                store.commit(Batch(NOW, appends=[records(1)]))
+            assert first.read(LogState()).head == second.read(LogState()).head == 3
+        finally:
+            second.close()
 
 
 def test_open_twice(tmp_path: Path) -> None:

@@ -240,7 +240,8 @@ def test_as_the_model(in_memory: bool) -> None:
 def _run_all(store: SQLiteStore, plan: list[Step], in_memory: bool) -> None:
     register = Register((Registration("s", ("a",), "type", 1, "beginning"),))
     store.commit(Batch(NOW, commands=[register, Claim(INSTANCE.id, (("s", "a", 0),))]))
-    model, known = Model(), list[str]()
+    (lane,) = store.read(Lanes())
+    model, known = Model(epoch=lane.epoch), list[str]()
     for step in plan:
         run(store, model, step, known)
         if step.prune:

@@ -1,0 +1,229 @@
+"""Conformance: several instances on one store, and deployments that change. See `eventbus.testing.conformance`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from eventbus.stores.base import (
+    Beat,
+    Claim,
+    Lanes,
+    Pause,
+    Register,
+    Registration,
+    Release,
+    Rewind,
+    Serves,
+    Stand,
+    Store,
+    Unsubscribe,
+    WaitingRows,
+)
+from eventbus.testing._conformance_base import INSTANCE, NOW, OTHER, ConformanceBase, records
+
+
+class Shared(ConformanceBase):
+    """Another instance that is alive."""
+
+    @pytest.fixture(autouse=True)
+    def another(self, store: Store, tmp_path: Path) -> Iterator[None]:
+        """Where instances may share a store, it is open a second time, so that the other is not known to be dead."""
+        if not store.features.shared:
+            yield
+            return
+        second = self.make_store(tmp_path)
+        second.open(OTHER)
+        yield
+        second.close()
+
+
+class Generations(Shared):
+    """Subscriptions that change from one deployment to the next."""
+
+    def test_another_order(self, store: Store) -> None:
+        """With another order, lanes begin at the first unsettled event; what was settled above it is known to be."""
+        state = self.with_lane(store, types=("order.created", "other"), events=2)
+        self.append(store, records(1, "other"))
+        self.settle(store, self.unit(state, 2))
+        changed = self.register(store, types=("order.created", "other"), order="log")
+        assert (changed.order, changed.floors[0].lanes["order.created"]) == ("log", (2, ()))
+        (lane,) = store.read(Lanes())
+        assert (lane.lane, lane.checkpoint) == ("", 2)
+        assert [changed.settled_before(n, type, 0, None) for n, type in ((1, "order.created"), (3, "other"))] == [True, False]
+
+    def test_another_order_where_all_is_settled(self, store: Store) -> None:
+        """Then the lanes begin at the head, and nothing has to be remembered."""
+        state = self.with_lane(store, events=2)
+        self.settle(store, self.unit(state, 2))
+        changed = self.register(store, order="key", concurrency=2)
+        assert changed.floors == ()
+        assert [(lane.lane, lane.checkpoint) for lane in store.read(Lanes())] == [("0", 2), ("1", 2)]
+
+    def test_another_order_with_a_waiting_delivery(self, store: Store) -> None:
+        """A waiting delivery is unsettled, wherever the checkpoint is; its row goes, it comes from the log again."""
+        self.with_row(store)
+        changed = self.register(store, order="log")
+        (lane,) = store.read(Lanes())
+        assert (lane.checkpoint, store.read(WaitingRows())) == (1, ())
+        assert [changed.settled_before(n, "order.created", 0, None) for n in (1, 2, 3, 4)] == [True, False, True, False]
+
+    def test_another_order_with_done(self, store: Store) -> None:
+        """What is done above the checkpoint is settled."""
+        state = self.with_lane(store, events=3, order="none", concurrency=16)
+        self.settle(store, self.unit(state, 2, checkpoint=0, done=(2,)))
+        changed = self.register(store, order="none", concurrency=4)
+        assert [changed.settled_before(n, "order.created", 0, None) for n in (1, 2, 3)] == [False, True, False]
+
+    def test_another_order_and_another(self, store: Store) -> None:
+        """What was settled in any of the generations before is settled."""
+        state = self.with_lane(store, events=3, order="none", concurrency=16)
+        self.settle(store, self.unit(state, 2, checkpoint=0, done=(2,)))
+        self.register(store, order="log")
+        changed = self.register(store, order="type")
+        assert [changed.settled_before(n, "order.created", 0, None) for n in (1, 2, 3)] == [False, True, False]
+
+    def test_floors_go_when_they_are_passed(self, store: Store) -> None:
+        """Once all lanes have passed what was settled before, nothing of it is kept."""
+        state = self.with_lane(store, events=3, order="none", concurrency=16)
+        self.settle(store, self.unit(state, 2, checkpoint=0, done=(2,)))
+        self.register(store, order="log")
+        self.settle(store, self.unit(self.claim(store, lane=""), 3))
+        assert self.register(store, order="log").floors == ()
+
+    def test_another_order_fences(self, store: Store) -> None:
+        """Who owned a lane of the same name in an earlier generation cannot write in the new one."""
+        old = self.with_lane(store, events=2, order="log")
+        new = self.register(store, order="none", concurrency=4)
+        assert self.settle(store, self.unit(old, 1)).refused == {0: "fenced"}
+        assert self.claim(store, lane="").epoch > old.epoch
+        assert new.generation > 0
+
+    def test_another_order_is_that_of_who_is_there(self, store: Store) -> None:
+        """While an instance serves a subscription, another one does not change its order; when it has gone, it does."""
+        self.with_lane(store, events=1)
+        self.beat(store, OTHER, serves={"mailer": Serves("type", 1, ("order.created",))})
+        registration = Registration("mailer", ("order.created",), "log", 1)
+        (kept,) = self.run(store, Register((registration,), INSTANCE.id))
+        assert kept.order == "type"
+        self.run(store, Beat(OTHER, leaving=True))
+        (changed,) = self.run(store, Register((registration,), INSTANCE.id))
+        assert changed.order == "log"
+
+    def test_another_order_where_it_is_not_dispatched(self, store: Store) -> None:
+        """An instance that does not run a subscription leaves its order as it is."""
+        self.with_lane(store, events=1)
+        assert self.register(store, order="log", dispatched=False).order == "type"
+
+    def test_a_type_that_joins_fences(self, store: Store) -> None:
+        """Who owns a lane of several types and may not know one that has joined them writes there no more."""
+        self.beat(store, OTHER)
+        self.register(store, order="log")
+        (old,) = self.run(store, Claim(OTHER.id, (("mailer", "", 0),)))
+        assert old is not None
+        self.append(store, records(1))
+        self.register(store, types=("order.created", "order.paid"), order="log")
+        assert self.settle(store, self.unit(old, 1)).refused == {0: "fenced"}
+
+    def test_types_that_are_served_stay(self, store: Store) -> None:
+        """A type that is not declared any more stays while another instance serves it."""
+        self.register(store, types=("a", "b"))
+        self.beat(store, OTHER, serves={"mailer": Serves("type", 1, ("a", "b"))})
+        assert set(self.register(store, types=("a",)).types) == {"a", "b"}
+        self.run(store, Beat(OTHER, leaving=True))
+        assert self.register(store, types=("a",)).types == ("a",)
+
+
+class Instances(Shared):
+    """Several instances, and who has which lane."""
+
+    def test_beat(self, store: Store) -> None:
+        """An instance that shows itself is new, or known; it may leave, also one that nobody knows."""
+        assert [self.beat(store, INSTANCE), self.beat(store, INSTANCE)] == [False, True]
+        assert [member.instance for member in store.read(Stand()).members] == [INSTANCE]
+        for _ in range(2):
+            self.run(store, Beat(INSTANCE, leaving=True))
+        assert store.read(Stand()).members == ()
+        assert self.beat(store, INSTANCE) is False
+
+    def test_what_an_instance_says_of_itself(self, store: Store) -> None:
+        """What it serves and holds is there for the others."""
+        serves = {"mailer": Serves("key", 16, ("a", "b.*"), ("3",))}
+        self.beat(store, INSTANCE, serves=serves, holds=("mailer",))
+        (member,) = store.read(Stand()).members
+        assert (member.serves, member.holds, member.seen) == (serves, ("mailer",), NOW)
+
+    def test_a_lease_that_has_ended(self, store: Store) -> None:
+        """An instance whose lease has ended is removed by the next one that shows itself, and is told so when it comes back."""
+        self.beat(store, OTHER, monotonic=100.0, lease=5.0)
+        self.beat(store, INSTANCE, monotonic=104.0)
+        assert len(store.read(Stand()).members) == 2
+        self.beat(store, INSTANCE, monotonic=106.0)
+        assert [member.instance.id for member in store.read(Stand()).members] == [INSTANCE.id]
+        assert self.beat(store, OTHER, monotonic=107.0) is False
+
+    def test_claim_of_what_another_has(self, store: Store) -> None:
+        """A lane of an instance that is alive is not given away; that of one that has left or died is, with the next epoch."""
+        self.register(store)
+        self.beat(store, OTHER, monotonic=100.0, lease=5.0)
+        self.beat(store, INSTANCE, monotonic=100.0)
+        lane = (("mailer", "order.created", 0),)
+        (held,) = self.run(store, Claim(OTHER.id, lane))
+        assert held is not None
+        assert self.run(store, Claim(INSTANCE.id, lane)) == (None,)
+        self.beat(store, INSTANCE, monotonic=106.0)
+        (claimed,) = self.run(store, Claim(INSTANCE.id, lane))
+        assert claimed is not None
+        assert claimed.epoch > held.epoch
+        self.append(store, records(1))
+        assert self.settle(store, self.unit(held, 1), self.unit(claimed, 1)).refused == {0: "fenced"}
+
+    def test_release(self, store: Store) -> None:
+        """A lane that is released is free; only its owner releases it."""
+        self.register(store)
+        for each in (OTHER, INSTANCE):
+            self.beat(store, each)
+        lane = (("mailer", "order.created", 0),)
+        self.run(store, Claim(OTHER.id, lane))
+        self.run(store, Release(INSTANCE.id, (lane[0][:2],)))
+        assert self.run(store, Claim(INSTANCE.id, lane)) == (None,)
+        self.run(store, Release(OTHER.id, (lane[0][:2],)))
+        assert [each.owner for each in store.read(Stand()).lanes] == [None]
+        assert self.run(store, Claim(INSTANCE.id, lane)) != (None,)
+        assert [each.owner for each in store.read(Stand()).lanes] == [INSTANCE.id]
+
+    def test_who_leaves_gives_back(self, store: Store) -> None:
+        """The lanes of an instance that leaves are free."""
+        self.register(store)
+        self.beat(store, OTHER)
+        self.run(store, Claim(OTHER.id, (("mailer", "order.created", 0),)))
+        self.run(store, Beat(OTHER, leaving=True))
+        assert [each.owner for each in store.read(Stand()).lanes] == [None]
+
+    def test_claim_in_another_generation(self, store: Store) -> None:
+        """Who relies on another generation of a subscription than is stored gets no lane of it."""
+        known = self.register(store)
+        lane = (("mailer", "order.created", 0),)
+        assert self.run(store, Claim(INSTANCE.id, lane, {"mailer": known.generation - 1})) == (None,)
+        assert self.run(store, Claim(INSTANCE.id, lane, {"mailer": known.generation})) != (None,)
+
+    def test_changes_are_counted(self, store: Store) -> None:
+        """What others are to notice counts up; the way of an event does not."""
+        state = self.with_lane(store, events=1)
+        seen = [store.read(Stand()).changes]
+
+        def count() -> bool:
+            seen.append(store.read(Stand()).changes)
+            return seen[-1] > seen[-2]
+
+        self.append(store, records(1))
+        self.settle(store, self.unit(state, 1))
+        self.beat(store, INSTANCE)
+        assert count()
+        self.beat(store, INSTANCE)
+        assert not count()
+        for command in (Pause("mailer", "x"), Pause("mailer", None), Rewind("mailer", 0), Unsubscribe("mailer")):
+            self.run(store, command)
+            assert count()
