@@ -397,7 +397,10 @@ class EventBus:
         patterns = self._declared.patterns(types)
         stretch = await running.history.range(since, after, until)
         replay = Replay(
-            running.dispatcher, running.history, targets, patterns, stretch, rate=rate, dry_run=dry_run, progress=progress
+            *(running.dispatcher, running.membership, running.history, targets, patterns, stretch),
+            rate=rate,
+            dry_run=dry_run,
+            progress=progress,
         )
         running.replays.add(replay)
         try:

@@ -15,8 +15,6 @@ import msgspec
 from eventbus._model import DeliveryStatus
 from eventbus.errors import UnknownEvent
 from eventbus.stores.base import (
-    Lag,
-    LagOfRows,
     Lanes,
     LaneState,
     Record,
@@ -152,27 +150,23 @@ class Elsewhere:
 
     # -------------------------------------------------------------- everything of a subscription
 
-    async def clear(self, serving: Serving, position: int) -> None:
-        """Wait until the lanes of a subscription that are not here have settled everything up to a position, or nobody does."""
-        while await self.left(serving, position):
-            if serving.paused is not None or serving.closed or not self._membership.serves_elsewhere(serving.options.name):
-                return
+    async def clear(self, serving: Serving, position: int) -> bool:
+        """Wait until the lanes of a subscription that are not here have settled everything up to a position, or nobody does. True
+        if lanes have come here meanwhile, so that these are to be waited for."""
+        here = set(serving.lanes)
+        while serving.paused is None and not serving.closed and await self.left(serving, position):
+            if serving.lanes.keys() - here:
+                return True
+            if serving.waits_for is not None and not self._membership.serves_elsewhere(serving.options.name):
+                return False
             await self._wait(lambda _states: True)
+        return bool(serving.lanes.keys() - here)
 
     async def left(self, serving: Serving, position: int) -> int:
         """How many deliveries up to a position are not settled in lanes that are not here; those of the rows of `deliveries` are
         counted with them."""
-        away = [lane for lane, _ in serving.lanes_wanted(self._dispatcher.known_types) if lane not in serving.lanes]
-        if not away:
-            return 0
-        name = serving.options.name
-        count, _ = await self._reader.ask(LagOfRows(name, serving.exact_types()))
-        for state in await self._reader.ask(Lanes(name)):
-            if state.lane in away:
-                types, slots = serving.reads(state.lane)
-                lag, _ = await self._reader.ask(Lag(state.checkpoint, types, slots, until=position))
-                count += max(0, lag - len(state.done))
-        return count
+        away = self._membership.lanes_of(serving.options.name) - serving.lanes.keys()
+        return await self._status.unsettled(serving.stored, position, away) if away else 0
 
 
 def _lane_of(stored: Subscribed, record: Record) -> str:

@@ -62,11 +62,13 @@ class Membership:
         self._instance = instance
         self._lease = lease
         self._shared = shared
-        self._joined = False
+        self._joined = self._leaving = False
         self._shares: Mapping[LaneKey, str | None] = {}
         self._holds: list[str] = []
         self._seen = -1  # of the standing's changes
         self._changed = self._environment.loop.waiter()
+        self._at_rest = self._environment.loop.waiter()
+        self._at_rest.set()
         self._waiters: list[Waiter] = []
         self.on_step: Callable[[], object] = lambda: None
         self.standing = NOBODY
@@ -78,6 +80,8 @@ class Membership:
         """Take steps until cancelled."""
         while True:
             await self._changed.wait()
+            if self._leaving:
+                return
             self._changed = self._environment.loop.waiter()
             try:
                 await self.step()
@@ -100,6 +104,13 @@ class Membership:
 
     async def step(self) -> None:
         """Renew the lease, look, give up, take, give back."""
+        self._at_rest = self._environment.loop.waiter()
+        try:
+            await self._step()
+        finally:
+            self._at_rest.set()
+
+    async def _step(self) -> None:
         await self.renew()
         lanes = self._dispatcher.lanes()
         pauses = {serving: serving.pauses for serving in self._dispatcher.servings.values()}
@@ -125,7 +136,8 @@ class Membership:
         """Show that this instance is alive."""
         begun = self._environment.lease_clock()
         serves = {name: serving.serves() for name, serving in self._dispatcher.servings.items()}
-        known = await self._journal.command(Beat(self._instance, begun, self._lease, serves, tuple(sorted(set(self._holds)))))
+        holds, pinned = tuple(sorted(set(self._holds))), min(self._dispatcher.pins, default=None)
+        known = await self._journal.command(Beat(self._instance, begun, self._lease, serves, holds, pinned))
         if self._joined and not known:
             _log.warning("the others have taken this instance for dead: its lease had ended. It begins anew")
             for lane in self._dispatcher.lanes():
@@ -139,7 +151,9 @@ class Membership:
             self._dispatcher.wake_all()
 
     async def leave(self) -> None:
-        """Sign off; the lanes are free."""
+        """Sign off; the lanes are free. No step is taken any more."""
+        self._leaving = True
+        await self._at_rest.wait_decided()
         await self._journal.command(Beat(self._instance, leaving=True))
 
     def is_alone(self) -> bool:
@@ -290,10 +304,20 @@ class Membership:
         """Whether another instance that is alive serves a subscription."""
         return any(name in m.serves for m in self.standing.members if m.instance.id != self._instance.id)
 
+    def lanes_of(self, name: str) -> set[str]:
+        """The lanes of a subscription, as far as an instance can run them."""
+        serving = self._dispatcher.servings.get(name)
+        if serving is not None and serving.waits_for is not None:
+            return {each.lane for each in self.standing.lanes if each.subscription == name}
+        return {lane for (subscription, lane), id in self._shares.items() if subscription == name and id is not None}
+
     async def hold(self, names: Sequence[str], check: Callable[[], object]) -> None:
-        """Have all lanes of these subscriptions, however many instances there are, until `let_go`. `check` raises when it is no
-        use to wait any longer."""
+        """Have all lanes of these subscriptions, however many instances there are, until `let_go`; and have the others know what
+        is pinned. `check` raises when it is no use to wait any longer."""
         self._holds += names
+        if self._shared and not self.is_alone():
+            self.poke()
+            await self.next_step()
         while not all(self._has_whole(name) for name in names):
             check()
             self.poke()

@@ -19,12 +19,13 @@ from eventbus._lanes import Lane
 from eventbus._model import Envelope, ReplaySummary
 from eventbus._side import Item, SideSource
 from eventbus._typing import Point, Progress
-from eventbus.errors import BusNotOpen, ConfigurationError, RangeNotRetained, UnknownSubscription
+from eventbus.errors import BusNotOpen, ConfigurationError, LaneLost, RangeNotRetained, UnknownSubscription
 from eventbus.stores.base import LARGEST, Events, LogState, Page, PositionBefore, Record, Retained, type_matches
 
 if TYPE_CHECKING:
     from eventbus._declared import Declared
     from eventbus._dispatch import Dispatcher
+    from eventbus._membership import Membership
     from eventbus._reader import Reader
     from eventbus._serving import Serving
 
@@ -218,6 +219,7 @@ class Replay:
     def __init__(
         self,
         dispatcher: Dispatcher,
+        membership: Membership,
         history: History,
         targets: Sequence[Serving],
         patterns: Sequence[str],
@@ -229,6 +231,7 @@ class Replay:
     ) -> None:
         self._dispatcher = dispatcher
         self._environment = dispatcher.environment
+        self._membership = membership
         self._history = history
         self._targets = targets
         self._patterns = patterns
@@ -247,7 +250,9 @@ class Replay:
         """Deliver the stretch; returns when every delivery of it has ended."""
         pins, after = self._dispatcher.pins, self._stretch.after
         pins.append(after)
+        held = [] if self._dry_run else [target.options.name for target in self._targets]
         try:
+            await self._membership.hold(held, self._check_open)
             while after < self._stretch.until:
                 page = await self._history.page(self._stretch, after, self._types())
                 await self._deliver(page)
@@ -259,6 +264,7 @@ class Replay:
         finally:
             self._over = True
             pins.remove(self._stretch.after)
+            self._membership.let_go(held)
         return self._summary()
 
     def _summary(self) -> ReplaySummary:
@@ -347,6 +353,8 @@ class Replay:
         removed = [target.options.name for target in self._targets if target.closed]
         if removed:
             raise UnknownSubscription(f"{', '.join(map(repr, removed))} was removed during a replay to it")
+        if any(lane.moved for lane in self._sources):
+            raise LaneLost(self._counts.position)
 
     def interrupt(self) -> None:
         """The bus is closing, or a subscription has been removed."""

@@ -139,7 +139,7 @@ class Running:
             self.journal.listener = self.dispatcher
             self.dispatcher.head = (await self.reader.ask(LogState())).head
             self.environment.fenced = self.membership.lose
-            self.membership.on_step = self.elsewhere.stepped
+            self.membership.on_step = self._on_step
             self.dispatcher.on_new_lane = self.membership.want_lane
             self.dispatcher.on_foreign = self.membership.look_for_types
             self.dispatcher.on_notice = self._on_notice
@@ -260,8 +260,11 @@ class Running:
         """Other instances have written to the store."""
         self.membership.noticed(notice)
         self.elsewhere.noticed()
-        if notice.died:
-            self.upkeep.look()
+
+    def _on_step(self) -> None:
+        """Instances may have come or gone, and have left events that are scheduled."""
+        self.elsewhere.stepped()
+        self.upkeep.look()
 
     def _interrupt_replays(self) -> None:
         for replay in self.replays:

@@ -86,7 +86,8 @@ class Serving:
         The events of these must not be passed by, so the lane waits at them.
         """
         knows = self._dispatcher.decoder.knows
-        return (*stored.types, *(t for t in stored.derived if t not in stored.types and not knows(t)))
+        declared = self.registration.types
+        return (*declared, *(t for t in stored.derived if t not in declared and not knows(t)))
 
     def wants(self, type: str) -> bool:
         """Whether events of this type are for it."""

@@ -159,13 +159,27 @@ class Status:
             held, first = await self._reader.ask(LagOfRows(stored.name, self._types_of(stored), _MOST))
             count, times = held, [first]
         for lane in (*lanes, *self._unclaimed(stored, {lane.lane for lane in lanes})):
-            slots = slots_of(lane.lane, stored.concurrency) if stored.order == "key" else (0, SLOTS)
-            types = (lane.lane,) if stored.order == "type" else self._types_of(stored)
-            behind, first = await self._reader.ask(Lag(lane.checkpoint, types, slots, _MOST))
-            if behind > len(lane.done):
-                count += behind - len(lane.done)
+            behind, first = await self._lag_of(stored, lane, None)
+            if behind:
+                count += behind
                 times.append(first)
         return min(count, _MOST), min((time for time in times if time is not None), default=None)
+
+    async def _lag_of(self, stored: Subscribed, lane: LaneState, until: int | None) -> tuple[int, float | None]:
+        slots = slots_of(lane.lane, stored.concurrency) if stored.order == "key" else (0, SLOTS)
+        types = (lane.lane,) if stored.order == "type" else self._types_of(stored)
+        behind, first = await self._reader.ask(Lag(lane.checkpoint, types, slots, _MOST, until))
+        return max(0, behind - len(lane.done)), first
+
+    async def unsettled(self, stored: Subscribed, until: int, lanes: Collection[str]) -> int:
+        """How many deliveries up to a position are unsettled in some lanes, and in all rows of `deliveries`."""
+        claimed = await self._reader.ask(Lanes(stored.name))
+        count, _ = await self._reader.ask(LagOfRows(stored.name, self._types_of(stored), _MOST))
+        for lane in (*claimed, *self._unclaimed(stored, {lane.lane for lane in claimed})):
+            if lane.lane in lanes:
+                behind, _ = await self._lag_of(stored, lane, until)
+                count += behind
+        return count
 
     def _unclaimed(self, stored: Subscribed, claimed: Collection[str]) -> list[LaneState]:
         """Lanes that nobody has run yet: they stand where they will begin."""

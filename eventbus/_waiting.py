@@ -56,13 +56,13 @@ class Waiting:
     async def _blocked_by(self, record: Record) -> dict[str, str]:
         """Wait until an event is settled; or at once, the subscriptions that do not settle it for now, and why."""
         blocked = await self._elsewhere.settled(record, at_once=True)
-        moved = True
-        while moved and not blocked:
+        while not blocked:
             await self._dispatcher.all_lanes()
-            blocked = await self._blocked_here(record)
-            moved = MOVED in blocked.values()
-            blocked = {name: reason for name, reason in blocked.items() if reason != MOVED}
-        blocked = blocked or await self._elsewhere.settled(record)
+            found = await self._blocked_here(record)
+            blocked = {name: reason for name, reason in found.items() if reason != MOVED}
+            blocked = blocked or await self._elsewhere.settled(record)
+            if all(lane.has_settled(record) for lane in self._dispatcher.lanes_of(record)):
+                break  # also in those that have come here meanwhile
         if blocked:
             self._dispatcher.check_open()
         return blocked
@@ -135,9 +135,11 @@ class Waiting:
     async def _drain(self, head: int, cascade: Cascade) -> None:
         await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
-            for lane in list(serving.lanes.values()):
-                await self._clear(lane, head)
-            await self._elsewhere.clear(serving, head)
+            more = True
+            while more:
+                for lane in list(serving.lanes.values()):
+                    await self._clear(lane, head)
+                more = await self._elsewhere.clear(serving, head)
             while serving.paused is None and not serving.closed and not serving.redriver.idle and not serving.redriver.hindered:
                 self._dispatcher.check_open()
                 await serving.redriver.wait_for_change()
@@ -148,6 +150,9 @@ class Waiting:
             await self._dispatcher.all_lanes()
             for lane in self._dispatcher.lanes_of(record):
                 await self._clear(lane, record.position)
+        if cascade.found:
+            for serving in list(self._dispatcher.servings.values()):
+                await self._elsewhere.clear(serving, cascade.found[-1].position)
 
     async def _clear(self, lane: Lane, position: int) -> None:
         attempt = current_attempt.get()

@@ -17,6 +17,7 @@
     ├── UndecodableEvent              stored bytes that cannot be made into the event's class
     │   └── UnknownEventType          no class for this stored name, or a newer version than the class
     ├── HandlerTimeout                an attempt ran longer than its subscription's timeout
+    ├── LaneLost                      another instance got a lane during a replay
     ├── RangeNotRetained              a replay or rewind reaches back to events that retention has removed
     ├── StoreError                    the store refused or failed
     │   ├── StoreInUse                another instance has the file open
@@ -149,6 +150,24 @@ class HandlingFailed(EventBusError):
 
 class WaitTimeout(EventBusError, TimeoutError):
     """What was waited for did not happen within the timeout. Nothing is lost by it: the work goes on."""
+
+
+class LaneLost(EventBusError):
+    """A lane went to another instance during a replay: the lease of this one had ended. `replay(after=…)` goes on.
+
+    Attributes:
+        position: up to here everything was delivered.
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
+
+    def __str__(self) -> str:
+        return (
+            "a lane went to another instance during a replay, for the lease of this one had ended; "
+            f"replay(after={self.position}) goes on"
+        )
 
 
 class UnknownEvent(EventBusError, LookupError):

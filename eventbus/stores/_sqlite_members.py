@@ -46,12 +46,12 @@ def beat(connection: Connection, command: Beat, now: float, lives: Lives) -> boo
         _remove(connection, dead)
     serves, holds = (msgspec.json.encode(value, order="sorted").decode() for value in (command.serves, command.holds))
     connection.execute(
-        "INSERT INTO instances (id, name, host, pid, started, seen, boot, deadline, serves, holds) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, boot = excluded.boot, "
-        "deadline = excluded.deadline, serves = excluded.serves, holds = excluded.holds",
+        "INSERT INTO instances (id, name, host, pid, started, seen, boot, deadline, serves, holds, pinned) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, boot = excluded.boot, "
+        "deadline = excluded.deadline, serves = excluded.serves, holds = excluded.holds, pinned = excluded.pinned",
         (
             *(who.id, who.name, who.host, who.pid, to_micros(who.started), to_micros(now), boot()),
-            *(command.monotonic + command.lease, serves, holds),
+            *(command.monotonic + command.lease, serves, holds, command.pinned),
         ),
     )
     if own is None or own[3:] != (serves, holds):

@@ -42,17 +42,23 @@ def _prune_events(connection: Connection, command: Prune, before: float) -> int 
         "SELECT position, type, slot, key, time FROM events WHERE position > ? ORDER BY position LIMIT ?)"
     )
     rows = sorted(one(connection, text, (command.after, command.limit), _ROWS, "events"))
-    limit = micros(before)
-    old = [row for row in rows if row[4] < limit and (command.pinned is None or row[0] < command.pinned)]
+    limit, pinned = micros(before), _pinned(connection, command.pinned)
+    old = [row for row in rows if row[4] < limit and (pinned is None or row[0] < pinned)]
     if old:
         needs = _Needs.of(connection)
         _remove(connection, [row for row in old if not needs.needed(row)])
-    if len(rows) < command.limit or (command.pinned is not None and rows[-1][0] >= command.pinned):
+    if len(rows) < command.limit or (pinned is not None and rows[-1][0] >= pinned):
         return None
     last = rows[-1][0]
     if not old and not _is_older(connection, before, last):
         return None  # all that follows is young: no reason to look at it
     return last
+
+
+def _pinned(connection: Connection, own: int | None) -> int | None:
+    """The first position that somebody is still to read."""
+    (others,) = connection.execute("SELECT min(pinned) FROM instances").fetchone()
+    return min((position for position in (own, others) if position is not None), default=None)
 
 
 def _is_older(connection: Connection, before: float, after: int) -> bool:

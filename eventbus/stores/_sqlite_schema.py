@@ -134,6 +134,7 @@ _SHARED = (
     "ALTER TABLE instances ADD COLUMN deadline REAL NOT NULL DEFAULT 0",  # end of its lease, by CLOCK_MONOTONIC
     "ALTER TABLE instances ADD COLUMN serves TEXT NOT NULL DEFAULT '{}'",  # JSON: the subscriptions that it runs, and how
     "ALTER TABLE instances ADD COLUMN holds TEXT NOT NULL DEFAULT '[]'",  # JSON: those that it wants whole
+    "ALTER TABLE instances ADD COLUMN pinned INTEGER",  # from this position on nothing is to be removed
     "ALTER TABLE subscriptions ADD COLUMN floors TEXT NOT NULL DEFAULT '[]'",  # JSON: what earlier generations had settled
     "ALTER TABLE log_state ADD COLUMN changes INTEGER NOT NULL DEFAULT 1",  # one more with each change that all are to notice
     # Generations come from that counter from now on, so that none comes twice, and epochs begin anew with each.

@@ -137,6 +137,7 @@ class Beat(Command[bool], frozen=True):
     Attributes:
         monotonic: the time, by `Store.monotonic`.
         serves: the subscriptions that it runs. holds: those of them that it wants whole, for a replay.
+        pinned: nothing from this position on is to be removed by retention, for it is being read.
     """
 
     instance: Instance
@@ -144,6 +145,7 @@ class Beat(Command[bool], frozen=True):
     lease: float = 10.0
     serves: Mapping[str, Serves] = {}
     holds: tuple[str, ...] = ()
+    pinned: int | None = None
     leaving: bool = False
 
 
@@ -225,8 +227,8 @@ class Prune(Command[int | None], frozen=True):
     """Remove events published before `before` (unix seconds) that no subscription needs, looking at no more than `limit`
     events after the position `after`. An event is needed by a subscription (a stored one, whether or not it has a handler)
     if its type matches `since` and it lies above both the start and the checkpoint of its lane, or in the reach of a
-    waiting delivery; or if it lies at or above `pinned`. Idempotency keys used before `keys_before` go too. The result is the
-    position to go on after, or None at the end."""
+    waiting delivery; or if it lies at or above `pinned`, or what an instance has pinned (`Beat`). Idempotency keys used before
+    `keys_before` go too. The result is the position to go on after, or None at the end."""
 
     before: float | None
     keys_before: float
