@@ -21,7 +21,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 
-from eventbus.errors import StoreUnavailable, StoreUnsafe
+from eventbus.errors import StoreInUse, StoreUnavailable, StoreUnsafe
 
 try:
     import fcntl
@@ -56,8 +56,10 @@ class LockFile:
     def close(self) -> None:
         """Let go of everything. Safe to call twice."""
         _open_files.discard(self)
-        if self._descriptor is not None:
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            if hasattr(fcntl, "F_OFD_SETLK"):  # at once, should a thread keep the file open for a while
+                fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
             self._queue.close()
 
     def drop_in_child(self) -> None:
@@ -93,7 +95,10 @@ class LockFile:
     def live(self, instance: str) -> None:
         """From now on, until this file is closed or this process dies, this instance lives."""
         if hasattr(fcntl, "F_OFD_SETLK"):
-            fcntl.fcntl(self._opened(), fcntl.F_OFD_SETLK, _byte_of(instance, fcntl.F_WRLCK))
+            try:
+                fcntl.fcntl(self._opened(), fcntl.F_OFD_SETLK, _byte_of(instance, fcntl.F_WRLCK))
+            except BlockingIOError:
+                raise StoreInUse(f"{self.path}: an instance with the id {instance} is alive; try again") from None
 
     def lives(self, instance: str) -> bool | None:
         """Whether an instance holds its lock; None where this cannot be told (no such locks there): its lease tells."""
