@@ -192,9 +192,8 @@ class Publishers:
 
     def start(self) -> None:
         """Publish until killed."""
-        for source, function in (("one", self.single), ("two", self.single), ("unkeyed", self.unkeyed)):
-            self.group.start_soon(function, f"{source}.{self.task.who}")
-        for source, function in (("batch", self.many), ("later", self.later), ("doomed", self.rare)):
+        functions = {"one": self.single, "two": self.single, "unkeyed": self.unkeyed, "batch": self.many}
+        for source, function in (functions | {"later": self.later, "doomed": self.rare}).items():
             self.group.start_soon(function, f"{source}.{self.task.who}")
 
     async def numbers(self, source: str, seconds: float) -> AsyncIterator[int]:
@@ -207,13 +206,13 @@ class Publishers:
         """Publish one by one, with idempotency keys; after a kill, the one that was under way again."""
         async for number in self.numbers(source, 0.006):
             placed = Placed(source, number, f"k{number % KEYS}")
-            self.acknowledged(await self.bus.publish(placed, idempotency_key=f"{source}-{number}"), source, number)
+            await self.acknowledged(await self.bus.publish(placed, idempotency_key=f"{source}-{number}"), source, number)
 
     async def unkeyed(self, source: str) -> None:
         """… without a key."""
         async for number in self.numbers(source, 0.006):
             placed = Placed(source, number, f"k{self.chance.randrange(KEYS)}")
-            self.acknowledged(await self.bus.publish(placed), source, number)
+            await self.acknowledged(await self.bus.publish(placed), source, number)
 
     async def many(self, source: str) -> None:
         """Publish in batches, all or nothing."""
@@ -222,8 +221,10 @@ class Publishers:
                 Draft(Placed(source, batch * BATCH + n, f"k{n % KEYS}", batch), idempotency_key=f"{source}-{batch}-{n}")
                 for n in range(BATCH)
             ]
-            for receipt in await self.bus.publish_many(drafts):
+            receipts = await self.bus.publish_many(drafts)
+            for receipt in receipts:
                 say("A", receipt.id, source, batch)
+            await self.acknowledged(receipts[-1], source, batch)
 
     async def later(self, source: str) -> None:
         """Publish what is due soon."""
@@ -237,6 +238,7 @@ class Publishers:
         """Publish what is rejected, and do what is done now and then."""
         bus = self.bus
         await bus.unsubscribe("removed")
+        await bus.resume("doomed")  # the kill may have come while it was paused
         async for number in self.numbers(source, 0.01):
             for draft in (Doomed(source, number), Hopeless()):
                 receipt = await bus.publish(draft)
@@ -255,11 +257,11 @@ class Publishers:
                     await bus.rewind("doomed", after=max(0, receipt.position or 0) // 2)
                     await bus.replay(Doomed, after=max(0, receipt.position or 0) - 50, to="doomed")
 
-    def acknowledged(self, receipt: Receipt, source: str, number: int) -> None:
-        """Say so, and wait for every fourth."""
+    async def acknowledged(self, receipt: Receipt, source: str, number: int) -> None:
+        """Say so, and wait for every fourth to be settled, so that handlers keep up."""
         say("A", receipt.id, source, number)
         if number % 4 == 0:
-            self.group.start_soon(settled, receipt)
+            await settled(receipt)
 
 
 async def settled(receipt: Receipt) -> None:
@@ -274,7 +276,7 @@ async def settled(receipt: Receipt) -> None:
 
 async def drain(bus: EventBus) -> None:
     """Wait until nothing is left, of what is due in the next minute, and of what is redriven."""
-    await bus.resume("doomed")  # the kill may have come while it was paused
+    await bus.resume("doomed")
     soon = datetime.now(UTC) + timedelta(minutes=1)
     while (due := (await bus.stats()).next_due) is not None and due < soon:
         await anyio.sleep(0.002)
