@@ -20,7 +20,16 @@ from typing import Any, Literal
 import attrs
 
 from eventbus import _dispatch, _journal
-from eventbus.stores import _sqlite_commands, _sqlite_commit, _sqlite_file, _sqlite_schema, _sqlite_units, base, sqlite
+from eventbus.stores import (
+    _sqlite_commands,
+    _sqlite_commit,
+    _sqlite_file,
+    _sqlite_locks,
+    _sqlite_schema,
+    _sqlite_units,
+    base,
+    sqlite,
+)
 
 VARIABLE = "EVENTBUS_FAIL_POINT"
 
@@ -62,10 +71,11 @@ def _leaving(*, leaving: bool) -> Callable[..., str | None]:
 
 
 _FILE = _sqlite_file
+_LOCKS = _sqlite_locks
 PLACES = (
     Place("create the file", sqlite, "prepare_file", "fresh", 1),
     Place("migrate", sqlite, "migrate", "fresh", 1),
-    Place("lock", _FILE.LockFile, "acquire", "start", 1),
+    Place("say that it lives", _LOCKS.LockFile, "live", "start", 1),
     Place("connect", sqlite, "connect", "start", 2),
     Place("open the store", sqlite.SQLiteStore, "open", "start", 1),
     _command(base.Register, "register", "start", 1),
@@ -99,7 +109,7 @@ PLACES = (
     Place("sign off", _sqlite_commands._DO, base.Beat, "end", 1, _leaving(leaving=True)),
     Place("close the store", sqlite.SQLiteStore, "close", "end", 1),
     Place("last WAL checkpoint", sqlite, "wal_checkpoint", "end", 1, _in_mode("TRUNCATE")),
-    Place("let go of the lock", _FILE.LockFile, "release", "end", 1),
+    Place("let go of the lock", _LOCKS.LockFile, "close", "end", 1),
 )
 
 
@@ -140,7 +150,7 @@ class _Trap:
         if name == self.name:
             self._left -= 1
             if not self._left:
-                os.write(1, f"K {name}\n".encode())
+                os.write(1, f"\nK {name} .".encode())
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
