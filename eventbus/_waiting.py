@@ -151,11 +151,7 @@ class Waiting:
     async def _drain(self, head: int, cascade: Cascade) -> None:
         await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
-            more = True
-            while more:
-                for lane in list(serving.lanes.values()):
-                    await self._clear(lane, head)
-                more = await self._elsewhere.clear(serving, head)
+            await self._clear_all(serving, head)
             while serving.paused is None and not serving.closed and not serving.redriver.idle and not serving.redriver.hindered:
                 self._dispatcher.check_open()
                 await serving.redriver.wait_for_change()
@@ -169,6 +165,17 @@ class Waiting:
         if cascade.found:
             for serving in list(self._dispatcher.servings.values()):
                 await self._elsewhere.clear(serving, cascade.found[-1].position)
+
+    async def _clear_all(self, serving: Serving, position: int) -> None:
+        """Wait for all lanes of a subscription, wherever they are, also for those that move meanwhile."""
+        cleared: set[Lane] = set()
+        while True:
+            for lane in set(serving.lanes.values()) - cleared:
+                await self._clear(lane, position)
+                cleared.add(lane)
+            await self._elsewhere.clear(serving, position)
+            if cleared >= set(serving.lanes.values()):
+                return
 
     async def _clear(self, lane: Lane, position: int) -> None:
         attempt = current_attempt.get()
