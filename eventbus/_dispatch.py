@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from eventbus._intake import Budget, Feed, runs_by_type
 from eventbus._lanes import Environment, Lane
+from eventbus._probation import Probation
 from eventbus._serving import ONE_LANE, Serving
 from eventbus.errors import BusNotOpen, EventBusError
 from eventbus.hooks import DispatchHalted
-from eventbus.stores.base import Committed, LaneState, Notice, Record, Subscribed, WaitingRow
+from eventbus.stores.base import Committed, LaneState, Notice, Record, Subscribed, Suspicion, WaitingRow
 
 if TYPE_CHECKING:
     from eventbus._decoding import Decoder
@@ -48,6 +49,8 @@ class Dispatcher:
         self.on_notice: Callable[[Notice], object] = lambda _notice: None
         self.on_renewal_due: Callable[[], object] = lambda: None
         self.on_lane_lost: Callable[[], object] = lambda: None
+        self.instance = ""
+        """Id of this instance."""
         self.declared: set[str] = set()
         """Names of the subscriptions of this program, dispatched or not."""
         self.closing = False
@@ -64,8 +67,8 @@ class Dispatcher:
 
     def announce(self, committed: Committed) -> None:
         """Offer what has become durable to the lanes that it is for."""
-        for cascade in self.environment.cascades:
-            cascade.follow(committed.events)
+        for follow in self.environment.committed:
+            follow(committed.events)
         if committed.previous_head != self.head:
             # Somebody else has written: read what lies between.
             self.published += len(committed.events)
@@ -172,11 +175,19 @@ class Dispatcher:
         return [lane for lane in wanted if lane is not None]
 
     def add_lane(
-        self, serving: Serving, state: LaneState, rows: Sequence[WaitingRow] = (), last: Mapping[str, int] | None = None
+        self,
+        serving: Serving,
+        state: LaneState,
+        rows: Sequence[WaitingRow] = (),
+        last: Mapping[str, int] | None = None,
+        suspicion: Suspicion | None = None,
     ) -> None:
-        """A lane has been claimed; see `Serving.begin_lane`."""
+        """A lane has been claimed; see `Serving.begin_lane`. With a suspicion it is on probation."""
         self._routes.clear()
-        serving.begin_lane(serving.add_lane(state, rows, self.budget), last)
+        lane = serving.add_lane(state, rows, self.budget)
+        if suspicion is not None and self.environment.solo is not None:
+            Probation(lane, suspicion, self.instance, self.environment.journal, self.environment.solo)
+        serving.begin_lane(lane, last)
 
     def drop_lane(self, lane: Lane) -> None:
         """Another instance has it."""

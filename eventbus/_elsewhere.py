@@ -150,17 +150,13 @@ class Elsewhere:
 
     # -------------------------------------------------------------- everything of a subscription
 
-    async def clear(self, serving: Serving, position: int) -> bool:
-        """Wait until the lanes of a subscription that are not here have settled everything up to a position, or nobody does. True
-        if lanes have come here meanwhile, so that these are to be waited for."""
-        here = set(serving.lanes)
+    async def clear(self, serving: Serving, position: int) -> None:
+        """Wait until the lanes of a subscription that are not here have settled everything up to a position, or have come here, or
+        nobody runs them."""
         while serving.paused is None and not serving.closed and await self.left(serving, position):
-            if serving.lanes.keys() - here:
-                return True
             if serving.waits_for is not None and not self._membership.serves_elsewhere(serving.options.name):
-                return False
+                return
             await self._wait(lambda _states: True)
-        return bool(serving.lanes.keys() - here)
 
     async def left(self, serving: Serving, position: int) -> int:
         """How many deliveries up to a position are not settled in lanes that are not here; those of the rows of `deliveries` are

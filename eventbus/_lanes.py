@@ -17,6 +17,7 @@ import msgspec
 
 from eventbus._outcomes import Acked, Attempt, Failed, Failure, Outcome, Undeliverable, summary_of
 from eventbus._retry import next_delay
+from eventbus._sources import LogSource, Recallable, Source
 from eventbus.errors import Reject
 from eventbus.hooks import AttemptFailed, LaneBlocked, Moment
 from eventbus.stores.base import LaneState, Record, Refusal, Unit
@@ -24,9 +25,9 @@ from eventbus.stores.base import Source as SourceName
 
 if TYPE_CHECKING:
     from eventbus._clock import Clock
-    from eventbus._intake import Intake
     from eventbus._journal import Journal
     from eventbus._loop import Loop, Waiter
+    from eventbus._probation import Probation, Solo
     from eventbus._reader import Reader
     from eventbus._subscription import Subscription
     from eventbus._timers import Timers
@@ -39,64 +40,6 @@ RIDE = 1_200
 """… with which they go with the next transaction, whatever it is. A transaction of their own costs three times as much."""
 HURRY = 1_600
 """… with which they go at once, to be stored before the lane has to stop."""
-
-
-class Source(Protocol):
-    """Where a lane's deliveries come from.
-
-    Attributes:
-        beside: it delivers beside the log, as redrives and replays do.
-    """
-
-    beside: bool
-
-    def take(self) -> Attempt | None:
-        """The next attempt that can run now."""
-
-    def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
-        """It is done."""
-
-    def failed(self, failure: Failure) -> None:
-        """It failed: try again later, or give up."""
-
-    def given_back(self, attempt: Attempt) -> None:
-        """It did not run, or not to its end, and does not count; the latest taken comes first."""
-
-
-class LogSource(Source, Protocol):
-    """The log as a source: it knows the lane's checkpoint."""
-
-    intake: Intake
-
-    @property
-    def checkpoint(self) -> int:
-        """Up to here everything is settled, or has a row."""
-
-    def done(self) -> tuple[int, ...]:
-        """Positions above the checkpoint that are settled."""
-
-    def clear_to(self, position: int) -> bool:
-        """Whether everything up to a position is settled, and the store knows it."""
-
-    def has_settled(self, record: Record) -> bool:
-        """Whether this event of the lane is settled, and the store knows it."""
-
-    def confirmed(self, unit: Unit) -> None:
-        """A unit of this lane has been committed."""
-
-    def retry_now(self) -> None:
-        """The subscription has been resumed: what waits is due, at attempt 1."""
-
-    @property
-    def waiting(self) -> int:
-        """Deliveries that wait for another attempt."""
-
-
-class Recallable(Protocol):
-    """Attempts of a lane that are on their way through a thread."""
-
-    def give_back_rest(self) -> None:
-        """Start no further one of them."""
 
 
 class Holder(Protocol):
@@ -146,6 +89,7 @@ class Environment(msgspec.Struct, eq=False):
         halted: outcomes cannot be written for now, or never again: start no further attempt.
         lease_clock: the store's; see `Store.monotonic`. deadline: the end of this instance's lease by it: from then on the lanes
             may be another's.
+        committed: told of all events that enter the log. solo: which lane must be alone; see `_probation`.
     """
 
     clock: Clock
@@ -157,33 +101,18 @@ class Environment(msgspec.Struct, eq=False):
     schedule: Callable[[Lane], object]
     notify: Callable[[Moment], object]
     lease_clock: Callable[[], float]
-    cascades: list[Cascade] = []
+    committed: list[Callable[[Sequence[Record]], object]] = []
     scheduled: Callable[[float], object] = lambda _due_at: None
     fenced: Callable[[Lane], object] = lambda lane: lane.move()
     halted: bool = False
     deadline: float = math.inf
+    solo: Solo | None = None
 
     async def sleep(self, seconds: float) -> None:
         """Sleep by the clock that was given."""
         waiter = self.loop.waiter()
         self.timers.after(seconds, waiter.set)
         await waiter.wait()
-
-
-class Cascade:
-    """What follows from the events up to a position: those that their handlers publish, and what follows from these."""
-
-    def __init__(self, until: int) -> None:
-        self._until = until
-        self._extra: set[int] = set()
-        self.found: list[Record] = []
-
-    def follow(self, records: Sequence[Record]) -> None:
-        """These have come into the log."""
-        for record in records:
-            if record.cause and (record.cause <= self._until or record.cause in self._extra):
-                self._extra.add(record.position)
-                self.found.append(record)
 
 
 MOVED = "another instance has its lane now"
@@ -221,6 +150,7 @@ class Lane:
         self._stored = state.checkpoint
         self.crossings: list[Recallable] = []
         self.moved = False
+        self.probation: Probation | None = None
         self._waiters: list[tuple[Callable[[], bool], Waiter | _Call]] = []
 
     def begin(self, log: LogSource, *others: Source) -> None:
@@ -237,8 +167,10 @@ class Lane:
         if not self.scheduled and self.running < self.concurrency and not self.closed:
             self.environment.schedule(self)
 
-    def take(self) -> Attempt | None:
-        """The next attempt to run, or None for now."""
+    def take(self, *, marked: bool = False) -> Attempt | None:
+        """The next attempt to run, or None for now. `marked`: on probation, the next one to mark."""
+        if self.probation is not None and not marked:
+            return self.probation.take()
         if self.running >= self.concurrency or self._serial - self._confirmed >= AHEAD or self.is_held_up():
             return None
         sources = self.sources
@@ -253,11 +185,13 @@ class Lane:
         holder, environment = self.holder, self.environment
         if holder.paused is not None or holder.rewinding or environment.halted or self.blocked is not None or self.closed:
             return True
+        if environment.solo is not None and environment.solo.holder not in (None, self):
+            return True
         return self.retiring or environment.lease_clock() >= environment.deadline
 
     def take_more(self, limit: int) -> list[Attempt]:
         """Further first attempts from the log, after one from there, for one crossing into a thread."""
-        limit = min(limit, AHEAD - (self._serial - self._confirmed))
+        limit = min(limit, AHEAD - (self._serial - self._confirmed)) if self.probation is None else 0
         more: list[Attempt] = []
         while len(more) < limit and len(self.sources) == 1 and (attempt := self.log.take()) is not None:
             if attempt.number > 1:
@@ -282,6 +216,9 @@ class Lane:
             return
         attempt.over = True
         self.running -= 1
+        if self.probation is not None:
+            self.probation.over(attempt, ran=isinstance(outcome, Acked | Failed))
+        self.rested()
         if attempt.epoch != self.epoch and attempt.source not in self.sources:
             return  # the lane was rewound meanwhile: the event comes again
         if isinstance(outcome, Acked):
@@ -298,6 +235,12 @@ class Lane:
             self.environment.notify(LaneBlocked(self.holder.options.name, self.name, outcome.reason))
             self.holder.hindered()
             self.tell_waiters()
+
+    def rested(self) -> None:
+        """Less of it runs now; somebody may wait for being alone."""
+        solo = self.environment.solo
+        if solo is not None and solo.holder is not None:
+            solo.rested()
 
     def give_back(self, attempt: Attempt) -> None:
         """Take an attempt back that did not run."""
@@ -477,6 +420,8 @@ class Lane:
         """Start nothing more of what was given out already and has not begun."""
         for crossing in self.crossings:
             crossing.give_back_rest()
+        if self.probation is not None:
+            self.probation.recall()
 
     def retire(self, quiet: Callable[[], object]) -> None:
         """Start nothing more, so that another instance can have it; `quiet` is called when it can."""

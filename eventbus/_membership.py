@@ -26,6 +26,7 @@ from eventbus.stores.base import (
     Release,
     Stand,
     Standing,
+    Suspicions,
     Types,
     WaitingRows,
     since_of,
@@ -243,6 +244,7 @@ class Membership:
         try:
             states = await self._journal.command(Claim(self._instance.id, tuple(lanes), generations))
             rows = await self._reader.ask(WaitingRows()) if any(states) else ()
+            suspicions = {(s.subscription, s.lane): s for s in await self._reader.ask(Suspicions())}
         finally:
             for name, lane, _ in lanes:
                 if name in self._dispatcher.servings:
@@ -250,7 +252,8 @@ class Membership:
         for state in states:
             if state is not None and state.subscription in self._dispatcher.servings:
                 own = [row for row in rows if row.subscription == state.subscription]
-                self._dispatcher.add_lane(self._dispatcher.servings[state.subscription], state, own, known)
+                suspicion = suspicions.get((state.subscription, state.lane))
+                self._dispatcher.add_lane(self._dispatcher.servings[state.subscription], state, own, known, suspicion)
         self._dispatcher.lanes_changed()
 
     def want_lane(self, serving: Serving, type: str) -> None:

@@ -18,7 +18,8 @@ from eventbus.stores.base import Death, Record
 
 if TYPE_CHECKING:
     from eventbus._clock import Clock
-    from eventbus._lanes import Lane, Source
+    from eventbus._lanes import Lane
+    from eventbus._sources import Source
 
 _TRACEBACK = 16_000
 _FRAMES = 50

@@ -28,6 +28,7 @@ from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
 from eventbus._loop import Loop, Turn, Worker, current_loop, this_process, undisturbed
 from eventbus._membership import Membership
+from eventbus._probation import Solo
 from eventbus._reader import Reader
 from eventbus._recovery import recover
 from eventbus._replay import History, Replay
@@ -98,6 +99,8 @@ class Running:
             store.monotonic,
         )
         self.dispatcher = Dispatcher(self.environment, self.decoder, self.encoder, Budget(WAITING_BYTES))
+        self.dispatcher.instance = self.instance.id
+        self.environment.solo = Solo(self.dispatcher.lanes, self.timers)
         self.pool = Pool(self.environment, settings.workers, "eventbus", handler_context())
         self.upkeep = Upkeep(self.dispatcher, self.journal, self.reader, settings.keeping)
         self.environment.scheduled = self.upkeep.scheduled

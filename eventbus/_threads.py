@@ -144,6 +144,7 @@ class Crossing:
         self._settle()
         self.give_back_rest()
         self._lane.running -= 1
+        self._lane.rested()
         self._lane.tell_waiters()
         self.finished.set()
 

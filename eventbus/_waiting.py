@@ -7,12 +7,12 @@ they are when everything up to it is settled and the store knows it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import anyio
 
-from eventbus._lanes import MOVED, Cascade, Lane
+from eventbus._lanes import MOVED, Lane
 from eventbus._model import Receipt
 from eventbus._outcomes import current_attempt
 from eventbus.errors import HandlingFailed, UnknownEvent, WaitTimeout
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from eventbus._membership import Membership
     from eventbus._reader import Reader
     from eventbus._serving import Serving
+
+
+class Cascade:
+    """What follows from the events up to a position: those that their handlers publish, and what follows from these."""
+
+    def __init__(self, until: int) -> None:
+        self._until = until
+        self._extra: set[int] = set()
+        self.found: list[Record] = []
+
+    def follow(self, records: Sequence[Record]) -> None:
+        """These have come into the log."""
+        for record in records:
+            if record.cause and (record.cause <= self._until or record.cause in self._extra):
+                self._extra.add(record.position)
+                self.found.append(record)
 
 
 class Waiting:
@@ -121,13 +137,13 @@ class Waiting:
         if not self._membership.is_alone():
             head = max(head, (await self._reader.ask(LogState())).head)
         cascade = Cascade(head)
-        cascades = self._dispatcher.environment.cascades
-        cascades.append(cascade)
+        committed = self._dispatcher.environment.committed
+        committed.append(cascade.follow)
         try:
             with anyio.move_on_after(math.inf if timeout is None else timeout):
                 await self._drain(head, cascade)
         finally:
-            cascades.remove(cascade)
+            committed.remove(cascade.follow)
         self._dispatcher.check_open()
         last = max([head, *(record.position for record in cascade.found)])
         return await self._left(last)
@@ -135,11 +151,7 @@ class Waiting:
     async def _drain(self, head: int, cascade: Cascade) -> None:
         await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
-            more = True
-            while more:
-                for lane in list(serving.lanes.values()):
-                    await self._clear(lane, head)
-                more = await self._elsewhere.clear(serving, head)
+            await self._clear_all(serving, head)
             while serving.paused is None and not serving.closed and not serving.redriver.idle and not serving.redriver.hindered:
                 self._dispatcher.check_open()
                 await serving.redriver.wait_for_change()
@@ -153,6 +165,17 @@ class Waiting:
         if cascade.found:
             for serving in list(self._dispatcher.servings.values()):
                 await self._elsewhere.clear(serving, cascade.found[-1].position)
+
+    async def _clear_all(self, serving: Serving, position: int) -> None:
+        """Wait for all lanes of a subscription, wherever they are, also for those that move meanwhile."""
+        cleared: set[Lane] = set()
+        while True:
+            for lane in set(serving.lanes.values()) - cleared:
+                await self._clear(lane, position)
+                cleared.add(lane)
+            await self._elsewhere.clear(serving, position)
+            if cleared >= set(serving.lanes.values()):
+                return
 
     async def _clear(self, lane: Lane, position: int) -> None:
         attempt = current_attempt.get()

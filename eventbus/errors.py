@@ -16,6 +16,7 @@
     ├── UnknownSubscription           no subscription with this name
     ├── UndecodableEvent              stored bytes that cannot be made into the event's class
     │   └── UnknownEventType          no class for this stored name, or a newer version than the class
+    ├── ProcessDied                   an event ended the process again and again; stands in dead letters
     ├── HandlerTimeout                an attempt ran longer than its subscription's timeout
     ├── LaneLost                      another instance got a lane during a replay
     ├── RangeNotRetained              a replay or rewind reaches back to events that retention has removed
@@ -201,6 +202,10 @@ class UnknownEventType(UndecodableEvent):
 
 class HandlerTimeout(EventBusError, TimeoutError):
     """An attempt ran longer than its subscription's `timeout`; it counts as a failed attempt."""
+
+
+class ProcessDied(EventBusError):
+    """The process died whenever this event was handled; why it was given up. Raised by nobody: it stands in dead letters."""
 
 
 class RangeNotRetained(EventBusError):

@@ -15,7 +15,7 @@ import msgspec
 from eventbus.errors import EventBusError, UnknownSubscription
 from eventbus.stores._sqlite_commit import BUMP, HEAD
 from eventbus.stores._sqlite_insert import execute_rows, insert_events
-from eventbus.stores._sqlite_members import Lives, beat, claim, release
+from eventbus.stores._sqlite_members import Lives, beat, claim, mark, release
 from eventbus.stores._sqlite_prune import prune
 from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, subscriptions
 from eventbus.stores._sqlite_register import Registering
@@ -28,6 +28,7 @@ from eventbus.stores.base import (
     Command,
     Discard,
     LaneState,
+    Marking,
     Pause,
     Promote,
     Prune,
@@ -86,6 +87,10 @@ class Commands:
         """See `Release`."""
         release(self._connection, command)
 
+    def mark(self, command: Marking) -> None:
+        """See `Marking`."""
+        mark(self._connection, command)
+
     # -------------------------------------------------------------- subscriptions
 
     def register(self, command: Register) -> tuple[Subscribed, ...]:
@@ -113,6 +118,7 @@ class Commands:
         self._change("DELETE FROM subscriptions WHERE name = ?", name)
         self._connection.execute("DELETE FROM lanes WHERE subscription = ?", name)
         self._connection.execute("DELETE FROM deliveries WHERE subscription = ?", name)
+        self._connection.execute("DELETE FROM marks WHERE subscription = ?", name)
 
     def _change(self, text: str, parameters: tuple[object, ...]) -> None:
         """A statement that changes the row of a subscription, named by its last parameter."""
@@ -221,6 +227,7 @@ _DO: Mapping[type, Callable[[Commands, Any], object]] = {
     Unsubscribe: Commands.unsubscribe,
     Claim: Commands.claim,
     Release: Commands.release,
+    Marking: Commands.mark,
     Rewind: Commands.rewind,
     Promote: Commands.promote,
     Cancel: Commands.cancel,

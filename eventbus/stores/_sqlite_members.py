@@ -18,7 +18,7 @@ from eventbus.stores._sqlite_commit import BUMP
 from eventbus.stores._sqlite_read import lanes, owners
 from eventbus.stores._sqlite_rows import one, to_micros
 from eventbus.stores._sqlite_units import write_lanes
-from eventbus.stores.base import Beat, Claim, LaneState, Release
+from eventbus.stores.base import Beat, Claim, LaneState, Marking, Release
 
 Connection = sqlite3.Connection
 Lives = Callable[[str], bool | None]
@@ -37,12 +37,14 @@ def beat(connection: Connection, command: Beat, now: float, lives: Lives) -> boo
     """See `Beat`. `lives` tells whether an instance holds its lock, None where that cannot be told."""
     who = command.instance
     if command.leaving:
+        _leave(connection, who.id)
         _remove(connection, [who.id])
         return True
     rows = one(connection, _MEMBERS, (), _MEMBER_ROWS, "instances")
     own = next((row for row in rows if row[0] == who.id), None)
     dead = [row[0] for row in rows if row[0] != who.id and not _is_alive(row, command.monotonic, lives)]
     if dead:
+        _suspect(connection, dead)
         _remove(connection, dead)
     serves, holds = (msgspec.json.encode(value, order="sorted").decode() for value in (command.serves, command.holds))
     connection.execute(
@@ -126,3 +128,39 @@ def fence(connection: Connection, subscription: str, instance: str) -> None:
     if states:
         write_lanes(connection, [msgspec.structs.replace(state, epoch=state.epoch + 1) for state in states])
         connection.execute("UPDATE lanes SET owner = NULL WHERE subscription = ? AND owner IS NOT ?", (subscription, instance))
+
+
+# ------------------------------------------------------------------ probation
+
+
+def _leave(connection: Connection, instance: str) -> None:
+    """What an instance that ends of its own accord had under way is no more suspicious than before."""
+    connection.execute("DELETE FROM marks WHERE instance = ? AND suspect = 0", (instance,))
+    connection.execute("UPDATE marks SET instance = NULL, alone = 0 WHERE instance = ?", (instance,))
+
+
+def _suspect(connection: Connection, dead: list[str]) -> None:
+    """Put the lanes of instances that have died on probation; what they had marked is suspected."""
+    ids = (msgspec.json.encode(dead).decode(),)
+    connection.execute("UPDATE lanes SET deaths = deaths + 1 WHERE owner IN (SELECT value FROM json_each(?))", ids)
+    connection.execute(
+        "UPDATE marks SET suspect = 1, deaths = deaths + alone, alone = 0, instance = NULL "
+        "WHERE instance IN (SELECT value FROM json_each(?))",
+        ids,
+    )
+
+
+def mark(connection: Connection, command: Marking) -> None:
+    """See `Marking`."""
+    for each in command.over:
+        connection.execute("DELETE FROM marks WHERE subscription = ? AND position = ?", (each.subscription, each.position))
+    for each in command.begun:
+        connection.execute(
+            "INSERT INTO marks (subscription, position, lane, instance, alone, suspect, deaths) VALUES (?, ?, ?, ?, ?, 0, 0) "
+            "ON CONFLICT (subscription, position) DO UPDATE SET lane = excluded.lane, instance = excluded.instance, "
+            "alone = excluded.alone",
+            (each.subscription, each.position, each.lane, command.instance, int(each.alone)),
+        )
+    for key in command.cleared:
+        connection.execute("UPDATE lanes SET deaths = 0 WHERE subscription = ? AND lane = ?", key)
+        connection.execute("DELETE FROM marks WHERE subscription = ? AND lane = ?", key)

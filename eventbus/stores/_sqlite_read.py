@@ -68,6 +68,8 @@ from eventbus.stores.base import (
     Standing,
     Subscribed,
     Subscriptions,
+    Suspicion,
+    Suspicions,
     Types,
     WaitingRow,
     WaitingRows,
@@ -332,6 +334,19 @@ def _standing(connection: Connection) -> Standing:
     return Standing(changes, tuple(members), tuple(subscribed), tuple(owners))
 
 
+def _suspicions(connection: Connection) -> tuple[Suspicion, ...]:
+    marks = "json_group_array(json_object('position', m.position, 'deaths', m.deaths))"
+    text = (
+        "json_object('subscription', l.subscription, 'lane', l.lane, 'deaths', l.deaths, 'marks', json((SELECT "
+        f"{marks} FROM marks m WHERE m.subscription = l.subscription AND m.lane = l.lane AND m.suspect)))"
+    )
+    found = one(connection, collect(text, "FROM lanes l WHERE l.deaths > 0"), (), _SUSPICIONS, "marks")
+    return tuple(sorted(found, key=lambda each: (each.subscription, each.lane)))
+
+
+_SUSPICIONS = msgspec.json.Decoder(list[Suspicion])
+
+
 def owners(connection: Connection, names: Sequence[str]) -> list[LaneOwner]:
     """Whose the lanes of these subscriptions are."""
     source = "FROM lanes WHERE subscription IN (SELECT value FROM json_each(?))"
@@ -412,6 +427,7 @@ _ANSWERS: Mapping[type, Callable[[Connection, Any], object]] = {
     Lag: _lag,
     LagOfRows: _lag_of_rows,
     Subscriptions: lambda connection, _: subscriptions(connection),
+    Suspicions: lambda connection, _: _suspicions(connection),
     Stand: lambda connection, _: _standing(connection),
     Lanes: lambda connection, query: lanes(connection, query.subscription),
     WaitingRows: lambda connection, query: waiting_rows(connection, query.subscription),

@@ -111,6 +111,7 @@ class Registering:
         )
         self._connection.execute("DELETE FROM lanes WHERE subscription = ?", (known.name,))
         self._connection.execute("DELETE FROM deliveries WHERE subscription = ?", (known.name,))
+        self._connection.execute("DELETE FROM marks WHERE subscription = ?", (known.name,))
         start = self._head if first is None else first - 1
         names = lanes_of(self._connection, subscribed)
         fresh = [LaneState(known.name, lane, first_epoch(generation), start) for lane in names]

@@ -135,6 +135,17 @@ _SHARED = (
     "ALTER TABLE instances ADD COLUMN serves TEXT NOT NULL DEFAULT '{}'",  # JSON: the subscriptions that it runs, and how
     "ALTER TABLE instances ADD COLUMN holds TEXT NOT NULL DEFAULT '[]'",  # JSON: those that it wants whole
     "ALTER TABLE instances ADD COLUMN pinned INTEGER",  # from this position on nothing is to be removed
+    "ALTER TABLE lanes ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0",  # of owners, since it was last known to be innocent
+    """CREATE TABLE marks (
+    subscription TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    lane TEXT NOT NULL,
+    instance TEXT, -- that is handling it; NULL: it has died
+    alone INTEGER NOT NULL, -- nothing else runs in that process
+    suspect INTEGER NOT NULL, -- it was being handled when a process died
+    deaths INTEGER NOT NULL, -- … alone
+    PRIMARY KEY (subscription, position)
+) STRICT, WITHOUT ROWID""",
     "ALTER TABLE subscriptions ADD COLUMN floors TEXT NOT NULL DEFAULT '[]'",  # JSON: what earlier generations had settled
     "ALTER TABLE log_state ADD COLUMN changes INTEGER NOT NULL DEFAULT 1",  # one more with each change that all are to notice
     # Generations come from that counter from now on, so that none comes twice, and epochs begin anew with each.
@@ -148,6 +159,7 @@ _OURS = (
     "subscriptions",
     "instances",
     "lanes",
+    "marks",
     "deliveries",
     "dead_letters",
     "log_state",

@@ -149,6 +149,32 @@ class Beat(Command[bool], frozen=True):
     leaving: bool = False
 
 
+class Mark(msgspec.Struct, frozen=True):
+    """An attempt that is about to run in a lane on probation. alone: nothing else runs in the process meanwhile."""
+
+    subscription: str
+    lane: str
+    position: int
+    alone: bool = False
+
+
+class Marking(Command[None], frozen=True):
+    """Lanes whose owner has died are on probation: note what an instance begins in them, and what is over.
+
+    What an instance has begun when it is found dead (see `Beat`) is suspected from then on; if it was alone, it is charged
+    with the death as well. See `Suspicions`. An instance that leaves takes its marks along, but for what was suspected before.
+
+    Attributes:
+        begun: marks that are added. over: … that are removed. cleared: lanes that are not on probation any more, by subscription
+            and name; their marks go.
+    """
+
+    instance: str
+    begun: tuple[Mark, ...] = ()
+    over: tuple[Mark, ...] = ()
+    cleared: tuple[tuple[str, str], ...] = ()
+
+
 class Pause(Command[None], frozen=True):
     """Pause a subscription, with the reason; with None, resume it: its waiting deliveries are due now, at attempt 0.
     `UnknownSubscription` if there is none."""

@@ -108,6 +108,26 @@ class Stand(Query[Standing], frozen=True):
     """How the instances stand."""
 
 
+class Suspect(msgspec.Struct, frozen=True):
+    """A delivery that was being handled when a process died. deaths: how often it was alone."""
+
+    position: int
+    deaths: int
+
+
+class Suspicion(msgspec.Struct, frozen=True):
+    """A lane on probation. deaths: how many of its owners have died since it was cleared."""
+
+    subscription: str
+    lane: str
+    deaths: int
+    marks: tuple[Suspect, ...] = ()
+
+
+class Suspicions(Query[tuple[Suspicion, ...]], frozen=True):
+    """All lanes on probation, by subscription and name."""
+
+
 class Lanes(Query[tuple[LaneState, ...]], frozen=True):
     """All lanes, or those of one subscription."""
 

@@ -11,6 +11,8 @@ from eventbus.stores.base import (
     Beat,
     Claim,
     Lanes,
+    Mark,
+    Marking,
     Pause,
     Register,
     Registration,
@@ -19,6 +21,9 @@ from eventbus.stores.base import (
     Serves,
     Stand,
     Store,
+    Suspect,
+    Suspicion,
+    Suspicions,
     Unsubscribe,
     WaitingRows,
 )
@@ -227,3 +232,56 @@ class Instances(Shared):
         for command in (Pause("mailer", "x"), Pause("mailer", None), Rewind("mailer", 0), Unsubscribe("mailer")):
             self.run(store, command)
             assert count()
+
+
+class OnProbation(Shared):
+    """Lanes whose owner has died."""
+
+    def _dies(self, store: Store, *marks: Mark) -> tuple[Suspicion, ...]:
+        """Another instance owns the lane, has begun these, and its lease ends."""
+        self.beat(store, OTHER, monotonic=100.0, lease=5.0)
+        self.run(store, Claim(OTHER.id, (("mailer", "order.created", 0),)))
+        if marks:
+            self.run(store, Marking(OTHER.id, begun=marks))
+        self.beat(store, INSTANCE, monotonic=106.0)
+        return store.read(Suspicions())
+
+    def test_a_death_raises_suspicion(self, store: Store) -> None:
+        """The lanes of an instance that dies are on probation, with what it had marked; those of one that leaves are not."""
+        self.register(store)
+        assert self._dies(store) == (Suspicion("mailer", "order.created", 1),)
+        mark = Mark("mailer", "order.created", 3)
+        assert self._dies(store, mark) == (Suspicion("mailer", "order.created", 2, (Suspect(3, 0),)),)
+
+    def test_what_is_over_is_not_suspected(self, store: Store) -> None:
+        """A mark that was removed before the death is none."""
+        self.register(store)
+        self.beat(store, OTHER, monotonic=100.0, lease=5.0)
+        mark = Mark("mailer", "order.created", 3)
+        self.run(store, Marking(OTHER.id, begun=(mark,)))
+        self.run(store, Marking(OTHER.id, over=(mark,)))
+        assert self._dies(store) == (Suspicion("mailer", "order.created", 1),)
+
+    def test_only_what_was_alone_is_charged(self, store: Store) -> None:
+        """A death is charged to what was alone, and adds up."""
+        self.register(store)
+        for deaths in (1, 2):
+            (found,) = self._dies(store, Mark("mailer", "order.created", 3, alone=True), Mark("mailer", "order.created", 4))
+            assert found.marks == (Suspect(3, deaths), Suspect(4, 0))
+
+    def test_who_leaves_is_not_suspected(self, store: Store) -> None:
+        """An instance that leaves takes its marks along, but for what was suspected before; that is charged with nothing."""
+        self.register(store)
+        self._dies(store, Mark("mailer", "order.created", 3))
+        marks = (Mark("mailer", "order.created", 3, alone=True), Mark("mailer", "order.created", 4))
+        self.run(store, Marking(INSTANCE.id, begun=marks))
+        self.run(store, Beat(INSTANCE, leaving=True))
+        assert store.read(Suspicions()) == (Suspicion("mailer", "order.created", 1, (Suspect(3, 0),)),)
+
+    def test_cleared(self, store: Store) -> None:
+        """A lane that is cleared is not on probation, and nothing in it is suspected."""
+        self.register(store)
+        self._dies(store, Mark("mailer", "order.created", 3))
+        self.run(store, Marking(INSTANCE.id, cleared=(("mailer", "order.created"),)))
+        assert store.read(Suspicions()) == ()
+        assert self._dies(store) == (Suspicion("mailer", "order.created", 1),)

@@ -52,6 +52,7 @@ class StoreConformance(
     _commands.Pruning,
     _instances.Generations,
     _instances.Instances,
+    _instances.OnProbation,
 ):
     """Subclass it and define `make_store`; see the module.
 
