@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator, Sequence
 
 from tests.campaign import Case
-from tests.crash.campaign import PATIENCE, Round, round_case
+from tests.crash.campaign import PATIENCE, Round, new_folder, round_case
 from tests.crash.failpoints import POINTS, VARIABLE, Point
 from tests.crash.nursery import Nursery
 
@@ -42,7 +42,8 @@ def case(seed: int, number: int, nursery: Nursery) -> Case:
             for nth in sorted({1, chance.randint(1, point.most)}):
                 kill_at(round_, point, nth)
 
-    return round_case(f"points {seed}-{number}", ("asyncio", "trio")[(number + number // CASES) % 2], nursery, kill)
+    what, backend = f"points {seed}-{number}", ("asyncio", "trio")[(number + number // CASES) % 2]
+    return round_case(what, Round(new_folder(), what, backend, nursery), kill)
 
 
 def kill_at(round_: Round, point: Point, nth: int) -> None:

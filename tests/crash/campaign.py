@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 
@@ -33,17 +34,12 @@ PATIENCE = 60.0
 
 @attrs.define
 class Round:
-    """One database: the programs that work on it, what was said so far, and what was found wrong.
-
-    Attributes:
-        processes: how many work on it at once.
-    """
+    """One database: the program that works on it, what was said so far, and what was found wrong."""
 
     folder: Path
     seed: str
     backend: str
     nursery: Nursery
-    processes: int = 1
     kills: int = 0
     faults: list[str] = attrs.field(factory=list)
     lines: list[list[str]] = attrs.field(factory=list)
@@ -64,43 +60,47 @@ class Round:
 
     def child(self, mode: str, who: int = 0, environment: dict[str, str] | None = None) -> Child:
         """Start a program."""
+        return self.nursery.start(self.task(mode, who, environment or {}))
+
+    def task(self, mode: str, who: int, environment: dict[str, str]) -> Task:
+        """What it is to do."""
         own = {source: number for source, number in self.starts.items() if source.endswith(f".{who}")}
         output, errors = str(self.report), str(self.folder / "errors")
-        run = next(self._runs)
-        task = Task(str(self.database), self.seed, run, self.backend, mode, output, errors, who, own, environment or {})
-        return self.nursery.start(task)
+        return Task(str(self.database), self.seed, next(self._runs), self.backend, mode, output, errors, who, own, environment)
 
     def kill_at_random(self, chance: random.Random) -> None:
-        """Let all work, and kill one of them a random moment later, or all; now and then while they are starting."""
-        for who in range(self.processes):
-            if who not in self.working:
-                self.working[who] = self.child("work", who)
+        """Start it, let it work, and kill it a random moment later; now and then while it is starting."""
+        child = self.working[0] = self.child("work")
         if chance.random() < 0.2:
             time.sleep(chance.random() * 0.1)
         else:
-            size = self.report.stat().st_size
-            deadline = time.monotonic() + PATIENCE
-            while self.report.stat().st_size == size and self._all_work() and time.monotonic() < deadline:
-                time.sleep(0.002)
+            self.wait_for_word()
             time.sleep(chance.random() ** 2 * 0.4)
-        for who, child in self.working.items():
-            if child.wait(0) is not None:
-                self.fault(f"child {who} ended by itself with {child.code}: {self.errors()}")
-        doomed = list(range(self.processes)) if chance.random() < 0.2 else [chance.randrange(self.processes)]
-        for who in doomed:
-            self.working.pop(who).kill()
-        self.look_at_killed(doomed)
+        self.look_for_ended()
+        child.kill()
+        self.look_at_killed([0])
 
-    def _all_work(self) -> bool:
-        return all(child.wait(0) is None for child in self.working.values())
+    def wait_for_word(self) -> None:
+        """Wait until something is said."""
+        size, deadline = self.report.stat().st_size, time.monotonic() + PATIENCE
+        while self.report.stat().st_size == size and not self._has_ended() and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    def look_for_ended(self) -> None:
+        """None may end by itself."""
+        for who in self._has_ended():
+            child = self.working.pop(who)
+            self.fault(f"child {who} ended by itself with {child.code}: {self.errors()}")
+
+    def _has_ended(self) -> list[int]:
+        return [who for who, child in self.working.items() if child.wait(0) is not None]
 
     def look_at_killed(self, killed: Sequence[int]) -> Sequence[Line]:
         """Check what they said in this run, and how they left the database; returns what they said."""
         self.kills += 1
         fresh = self.fresh_lines()
-        if self.processes == 1:  # others go on meanwhile with what a killed one has left
-            self.found(wrong_in_run(self._before, fresh))
-            self._before = self.snapshot()
+        self.found(wrong_in_run(self._before, fresh))
+        self._before = self.snapshot()
         self._remember_starts(fresh, killed)
         return fresh
 
@@ -153,21 +153,26 @@ class Round:
                 if source.exists():
                     shutil.copy(source, folder)
             with contextlib.closing(sqlite3.connect(Path(folder) / self.database.name)) as connection:
-                (health,) = connection.execute("PRAGMA integrity_check").fetchone()
-                if health != "ok":
-                    self.fault(f"integrity_check: {health}")
-                if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
-                    return None
-                return Snapshot.of(connection)
+                return self.read(connection)
+
+    def read(self, connection: sqlite3.Connection) -> Snapshot | None:
+        """What a database holds."""
+        (health,) = connection.execute("PRAGMA integrity_check").fetchone()
+        if health != "ok":
+            self.fault(f"integrity_check: {health}")
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
+            return None
+        return Snapshot.of(connection)
 
 
 # ------------------------------------------------------------------ cases
 
 
-def round_case(what: str, backend: str, nursery: Nursery, kill: Callable[[Round], None], *, processes: int = 1) -> Case:
+R = TypeVar("R", bound=Round)
+
+
+def round_case(what: str, round_: R, kill: Callable[[R], None]) -> Case:
     """One round; the files of one that found something are kept, and named."""
-    folder = Path(tempfile.mkdtemp(prefix="eventbus-crash-"))
-    round_ = Round(folder, what, backend, nursery, processes)
     round_.report.touch()
     try:
         kill(round_)
@@ -176,12 +181,17 @@ def round_case(what: str, backend: str, nursery: Nursery, kill: Callable[[Round]
         for child in round_.working.values():
             child.kill()
         if not round_.faults:
-            shutil.rmtree(folder)
-    faults = [f"{fault} (see {folder})" for fault in round_.faults]
-    return Case(f"{what}, {backend}", round_.kills, faults)
+            shutil.rmtree(round_.folder)
+    faults = [f"{fault} (see {round_.folder})" for fault in round_.faults]
+    return Case(f"{what}, {round_.backend}", round_.kills, faults)
 
 
-def case(seed: int, number: int, nursery: Nursery, *, processes: int = 1) -> Case:
+def new_folder() -> Path:
+    """For one round."""
+    return Path(tempfile.mkdtemp(prefix="eventbus-crash-"))
+
+
+def case(seed: int, number: int, nursery: Nursery) -> Case:
     """Kill at random moments; the same numbers choose the same moments, though not what the machine does until then."""
     chance = random.Random(f"{seed}-{number}")
 
@@ -189,7 +199,8 @@ def case(seed: int, number: int, nursery: Nursery, *, processes: int = 1) -> Cas
         for _ in range(KILLS):
             round_.kill_at_random(chance)
 
-    return round_case(f"{seed}-{number}", ("asyncio", "trio")[number % 2], nursery, kill, processes=processes)
+    what = f"{seed}-{number}"
+    return round_case(what, Round(new_folder(), what, ("asyncio", "trio")[number % 2], nursery), kill)
 
 
 def cases(seed: int) -> Iterator[Case]:

@@ -5,8 +5,8 @@ to standard output, which is a file opened for appending: what was said before a
 
     R run                            the bus is open
     A event source number            the event's publish has returned
-    B event subscription position attempt key   a handler has begun
-    E event subscription position attempt       … and has ended well
+    B event subscription position attempt key who   a handler has begun, in the process of this number
+    E event subscription position attempt who       … and has ended well
     C event                          `receipt.handled()` has returned: every ack of it is committed
     L n                              `drain` has returned, with so much left
     K point                          a fail point was passed: it dies now
@@ -14,9 +14,11 @@ to standard output, which is a file opened for appending: what was said before a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
+import signal
 import zlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -26,7 +28,7 @@ import anyio.lowlevel
 import attrs
 from anyio.abc import TaskGroup
 
-from eventbus import Delivery, Draft, Envelope, EventBus, HandlingFailed, Receipt, Reject, RetryPolicy, event
+from eventbus import Delivery, Draft, Envelope, EventBus, HandlingFailed, Receipt, Reject, RetryPolicy, UnknownSubscription, event
 from eventbus.stores import sqlite
 from tests.crash import failpoints
 from tests.crash.nursery import Task
@@ -88,6 +90,10 @@ class Never:
     """It is due in an hour, and is cancelled before."""
 
 
+who = 0
+"""The number of this process; see `Task`."""
+
+
 def say(*words: object) -> None:
     """One line, in one system call. A kill may tear it, at the border of a page: it begins a line, and its last word is a stop."""
     os.write(1, f"\n{' '.join(map(str, words))} .".encode())
@@ -107,8 +113,8 @@ def fails(delivery: Delivery) -> bool:
 def begun(delivery: Delivery) -> tuple[object, ...]:
     """Say that a handler has begun; what names the attempt."""
     place = (delivery.envelope.id, delivery.subscription, delivery.envelope.position, delivery.attempt)
-    say("B", *place, delivery.envelope.key)
-    return place
+    say("B", *place, delivery.envelope.key, who)
+    return (*place, who)
 
 
 def declare(bus: EventBus) -> None:
@@ -237,7 +243,8 @@ class Publishers:
     async def rare(self, source: str) -> None:
         """Publish what is rejected, and do what is done now and then."""
         bus = self.bus
-        await bus.unsubscribe("removed")
+        with contextlib.suppress(UnknownSubscription):  # another process has removed it
+            await bus.unsubscribe("removed")
         await bus.resume("doomed")  # the kill may have come while it was paused
         async for number in self.numbers(source, 0.01):
             for draft in (Doomed(source, number), Hopeless()):
@@ -255,22 +262,25 @@ class Publishers:
                     await bus.dead_letters.discard(subscription="hopeless")
                 case _:
                     await bus.rewind("doomed", after=max(0, receipt.position or 0) // 2)
-                    await bus.replay(Doomed, after=max(0, receipt.position or 0) - 50, to="doomed")
+                    if self.task.dispatch is True:
+                        await bus.replay(Doomed, after=max(0, receipt.position or 0) - 50, to="doomed")
 
     async def acknowledged(self, receipt: Receipt, source: str, number: int) -> None:
         """Say so, and wait for every fourth to be settled, so that handlers keep up."""
         say("A", receipt.id, source, number)
         if number % 4 == 0:
-            await settled(receipt)
+            await settled(receipt, alone=self.task.dispatch is True)
 
 
-async def settled(receipt: Receipt) -> None:
-    """Wait for an event, and say when it is settled."""
+async def settled(receipt: Receipt, *, alone: bool) -> None:
+    """Wait for an event, and say when it is settled. One that does not handle all alone may find that nobody does."""
     try:
         await receipt.handled()
     except HandlingFailed as error:
         if error.blocked:
-            raise
+            if alone:
+                raise
+            return
     say("C", receipt.id)
 
 
@@ -287,21 +297,26 @@ async def drain(bus: EventBus) -> None:
 
 
 async def main(task: Task) -> None:
-    """Work until killed, or drain and leave."""
-    bus = EventBus(task.database)
+    """Work until killed, or, at SIGTERM, leave; or drain and leave."""
+    bus = EventBus(task.database, lease=task.lease)
     declare(bus)
     declare_rare(bus, task.mode)
-    async with bus:
-        say("R", task.run)
-        if task.mode == "drain":
-            await drain(bus)
-            return
-        async with anyio.create_task_group() as group:
-            Publishers(bus, task, group).start()
+    with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with bus.open(dispatch=task.dispatch):
+            say("R", task.run)
+            if task.mode == "drain":
+                await drain(bus)
+                return
+            async with anyio.create_task_group() as group:
+                Publishers(bus, task, group).start()
+                async for _ in signals:
+                    group.cancel_scope.cancel()
 
 
 def work(task: Task) -> None:
     """Run it, in a process of its own."""
+    global who  # noqa: PLW0603  # of a process of its own
+    who = task.who
     sqlite.WAL_PAGES = 50  # WAL checkpoints come often
     failpoints.install()
     anyio.run(main, task, backend=task.backend)

@@ -9,6 +9,7 @@ The nursery has no thread, no loop and no open database, so that what it forks b
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -35,6 +36,8 @@ class Task:
         starts: for each source the first number that it has not published.
         output, errors: files that its standard output and errors are appended to.
         environment: what is set in its environment beside ours.
+        dispatch, lease: as the bus takes them.
+        program: the module whose `work` it runs. options: what that wants to know beside.
     """
 
     database: str
@@ -47,6 +50,10 @@ class Task:
     who: int = 0
     starts: dict[str, int] = attrs.field(factory=dict)
     environment: dict[str, str] = attrs.field(factory=dict)
+    dispatch: bool | list[str] = True
+    lease: float = 10.0
+    program: str = "tests.crash.child"
+    options: dict[str, Any] = attrs.field(factory=dict)
 
 
 class Nursery:
@@ -131,9 +138,7 @@ def _fork(task: Task) -> int:
             os.dup2(opened, descriptor)
             os.close(opened)
         os.environ.update(task.environment)
-        from tests.crash.child import work  # imported already; the other way round it would be a circle
-
-        work(task)
+        importlib.import_module(task.program).work(task)
         code = 0
     except BaseException:
         os.write(2, traceback.format_exc().encode())
