@@ -120,12 +120,12 @@ class Membership:
         self._follow(standing, pauses)
         self._give_up(standing, lanes)
         await self._change_generations()
-        known = await self._reader.ask(Types())
+        head, known = self._dispatcher.head, await self._reader.ask(Types())
         self._dispatcher.known_types.update(known)
         wanted = {name: dict(serving.lanes_wanted(known)) for name, serving in self._dispatcher.servings.items()}
         self._shares = share(self.standing, wanted)
         await self._give_back()
-        await self._take(wanted, known)
+        await self._take(wanted, known, head)
         if standing.changes != self._seen:
             self._seen = standing.changes
             for serving in self._dispatcher.servings.values():
@@ -226,8 +226,8 @@ class Membership:
 
     # -------------------------------------------------------------- take
 
-    async def _take(self, wanted: Mapping[str, Mapping[str, int]], known: Mapping[str, int]) -> None:
-        """Claim what is free and meant for us."""
+    async def _take(self, wanted: Mapping[str, Mapping[str, int]], known: Mapping[str, int], head: int) -> None:
+        """Claim what is free and meant for us. `known` is what was in the log when `head` had been announced."""
         members = {member.instance.id for member in self.standing.members} - {self._instance.id}
         taken = {(each.subscription, each.lane) for each in self.standing.lanes if each.owner in members}
         ours = [key for key, id in self._shares.items() if id == self._instance.id and key not in taken]
@@ -249,11 +249,12 @@ class Membership:
             for name, lane, _ in lanes:
                 if name in self._dispatcher.servings:
                     self._dispatcher.servings[name].claiming.discard(lane)
+        last = known if self._dispatcher.head == head else None  # more has come meanwhile: the lanes must read
         for state in states:
             if state is not None and state.subscription in self._dispatcher.servings:
                 own = [row for row in rows if row.subscription == state.subscription]
                 suspicion = suspicions.get((state.subscription, state.lane))
-                self._dispatcher.add_lane(self._dispatcher.servings[state.subscription], state, own, known, suspicion)
+                self._dispatcher.add_lane(self._dispatcher.servings[state.subscription], state, own, last, suspicion)
         self._dispatcher.lanes_changed()
 
     def want_lane(self, serving: Serving, type: str) -> None:

@@ -6,7 +6,7 @@ Here they live in one process, which is the same to them; `tests/crash` does it 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 
 from eventbus import Delivery, DeliveryStatus, Draft, EventBus, HandlingFailed, LaneLost, Reject, RetryPolicy
 from eventbus._running import Running
-from eventbus.stores.base import Lanes
+from eventbus.stores.base import Batch, Claim, Committed, Lanes
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import Recorder
 
@@ -483,3 +483,32 @@ async def test_drafts_from_both(db: str) -> None:
         one = await first.publish(Placed(1), idempotency_key="k")
         (two,) = await second.publish_many([Draft(Placed(1), idempotency_key="k")])
         assert (two.id, two.duplicate) == (one.id, True)
+
+
+class Interrupted(SQLiteStore):
+    """A store that has something done before it claims lanes for the first time."""
+
+    def __init__(self, path: str, before_claim: Callable[[], object]) -> None:
+        super().__init__(path)
+        self._before_claim: Callable[[], object] | None = before_claim
+
+    def commit(self, batch: Batch) -> Committed:
+        before = self._before_claim
+        if before is not None and any(isinstance(command, Claim) for command in batch.commands):
+            self._before_claim = None
+            before()
+        return super().commit(batch)
+
+
+@pytest.mark.parametrize("order", ["type", "log", "key", "none"])
+async def test_what_is_published_while_lanes_are_claimed(db: str, order: str) -> None:
+    """An event that another instance publishes between this one's look at the log and its claim is handled."""
+
+    async def publish() -> None:
+        async with EventBus(db) as desk:
+            await desk.publish(Placed(1))
+
+    shop = Shop(db, order=order)
+    async with shop.bus.open(Interrupted(db, lambda: anyio.run(publish))):
+        await shop.bus.publish(Placed(2))
+        assert await shop.seen.wait_for(2) == [1, 2]
