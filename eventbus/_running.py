@@ -26,6 +26,7 @@ from eventbus._intake import Budget
 from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
 from eventbus._loop import Loop, Turn, Worker, current_loop, this_process, undisturbed
+from eventbus._outcomes import current_attempt
 from eventbus._reader import Reader
 from eventbus._recovery import claim_lane, note_others, recover
 from eventbus._replay import History, Replay
@@ -34,7 +35,7 @@ from eventbus._timers import Timers
 from eventbus._upkeep import Upkeep
 from eventbus._waiting import Waiting
 from eventbus._workers import Pool
-from eventbus.errors import EventBusError, WrongLoop
+from eventbus.errors import ConfigurationError, EventBusError, WrongLoop
 from eventbus.hooks import notify
 from eventbus.stores.base import (
     Beat,
@@ -153,7 +154,7 @@ class Running:
         """Run until the bus is closed, whatever is cancelled around it."""
         with anyio.CancelScope(shield=True) as scope:
             self._scopes.append(scope)
-            await task()
+            await self.loop.insist(task, scope)
 
     # -------------------------------------------------------------- the end
 
@@ -163,6 +164,15 @@ class Running:
             self.exit_error = error
             self.dispatcher.leave()
             self._group.cancel_scope.cancel()
+
+    def check_leaving(self) -> None:
+        """Raise in an attempt of this bus: to leave, it would wait for itself."""
+        attempt = current_attempt.get()
+        if attempt is not None and not attempt.over and attempt.lane.environment is self.environment:
+            raise ConfigurationError(
+                "a handler cannot leave the bus that runs it: leaving waits for the handler. End the body of `async with bus`, "
+                "by an event that it waits for, for instance; or raise SystemExit"
+            )
 
     async def stop(self, timeout: float) -> None:
         """Let running attempts finish for `timeout` seconds, release the rest, write what is to be written, let go."""

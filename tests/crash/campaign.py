@@ -130,7 +130,8 @@ class Round:
 
     def fresh_lines(self) -> list[list[str]]:
         """What was said since the last time."""
-        fresh = [line.split(" ") for line in self.report.read_text().splitlines()[len(self.lines) :]]
+        said = [line for line in self.report.read_text().split("\n") if line.endswith(" .")]
+        fresh = [line.split(" ")[:-1] for line in said[len(self.lines) :]]
         self.lines += fresh
         return fresh
 

@@ -89,8 +89,8 @@ class Never:
 
 
 def say(*words: object) -> None:
-    """One line, in one system call."""
-    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+    """One line, in one system call. A kill may tear it, at the border of a page: it begins a line, and its last word is a stop."""
+    os.write(1, f"\n{' '.join(map(str, words))} .".encode())
 
 
 def luck(event_id: str, salt: str) -> int:

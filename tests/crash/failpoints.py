@@ -140,7 +140,7 @@ class _Trap:
         if name == self.name:
             self._left -= 1
             if not self._left:
-                os.write(1, f"K {name}\n".encode())
+                os.write(1, f"\nK {name} .".encode())
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
