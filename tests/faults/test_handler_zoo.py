@@ -284,6 +284,47 @@ async def test_one_that_cancels_tasks(db: str, how: str) -> None:
     assert letters == {"itself": [], "itself, later": [("CancelledError", 2)], "the others": [("ValueError", 2)]}[how]
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_program_that_cancels_all_its_tasks(db: str, again: bool) -> None:
+    """What many programs do at SIGTERM, even while the bus is being left: it is left in order, and nothing is lost."""
+    running, seen, handled = anyio.Event(), Recorder(), Recorder()
+    bus = EventBus(db)
+
+    @bus.subscribe(Fed, name="busy", retry=TWICE)
+    async def busy(fed: Fed) -> None:
+        if not running.is_set():
+            running.set()
+            await anyio.sleep_forever()
+        handled.add(fed.n)
+
+    bus.subscribe(Fed, name="neighbour")(seen.note)
+
+    def cancel_all() -> None:
+        for task in asyncio.all_tasks():
+            if task is program or task.get_name().startswith("eventbus"):
+                task.cancel()
+
+    async def run() -> None:
+        async with bus.open(stop_timeout=0.2):
+            await bus.publish_many([Fed(0), Fed(1)])
+            await running.wait()
+            cancel_all()
+            if again:
+                asyncio.get_running_loop().call_later(0.01, cancel_all)
+            await anyio.sleep_forever()
+
+    program = asyncio.create_task(run())
+    await asyncio.wait([program], timeout=10)
+    assert program.cancelled()
+    assert threads_of_the_bus() == []
+    async with bus:
+        assert await bus.drain(timeout=10) == {}
+        assert await bus.dead_letters.list() == []
+    assert handled.seen == [0, 1]
+    assert sorted({fed.n for fed in seen.seen}) == [0, 1]
+
+
 async def test_one_that_cancels_the_scope_of_its_own(db: str) -> None:
     """A scope of its own that it cancels is its own affair."""
 
