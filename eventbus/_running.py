@@ -221,11 +221,15 @@ class Running:
             raise self.exit_error
 
     async def _close(self) -> None:
-        if self._journal_runs and self.dispatcher.crash is None:
-            try:
+        try:
+            if self._journal_runs and self.dispatcher.crash is None:
                 await self.journal.command(Beat(self.instance, leaving=True))
-            except EventBusError as error:
-                _log.warning("the instance could not sign off: %s", error)
+        except EventBusError as error:
+            _log.warning("the instance could not sign off: %s", error)
+        finally:
+            await self._let_go()
+
+    async def _let_go(self) -> None:
         self.reader.close()
         self.journal.close()
         if self._reader_thread is not None:

@@ -162,16 +162,19 @@ class Pool:
             task.let_finish()
         if not self._tasks:
             self._gone.set()
-        with anyio.move_on_after(timeout):
-            await self._gone.wait()
+        await self._wait_until_gone(timeout)
         for task in list(self._tasks):
             task.cancel()
-        with anyio.move_on_after(PATIENCE):
-            await self._gone.wait()
+        await self._wait_until_gone(PATIENCE)
         for task in self._tasks:
             _log.warning("the handler of %s does not end although it is cancelled; waiting for it", task.description)
-        await self._gone.wait()
+        await self._wait_until_gone(math.inf)
         self.threads.stop()
+
+    async def _wait_until_gone(self, seconds: float) -> None:
+        assert self._gone is not None
+        with anyio.move_on_after(seconds) as scope:
+            await self.environment.loop.insist(self._gone.wait, scope)
 
     def gone(self, task: _Task) -> None:
         """A worker has ended."""

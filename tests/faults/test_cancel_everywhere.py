@@ -20,6 +20,7 @@ import attrs
 import pytest
 
 from eventbus import EventBus
+from eventbus._running import Running
 from tests.bus.support import GatedStore, threads_of_the_bus
 
 MOST = 200
@@ -349,3 +350,36 @@ async def test_from_opening_to_leaving(db: str, cancel: Cancel) -> None:
             break
     assert nth > 8
     await shop.assert_whole(acknowledged)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_task_that_leaves(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio: when a program cancels every task there is, also the bus's own that leaves, wherever it is, it leaves in order."""
+    shop, stop = Shop(db), Running._stop
+    acknowledged: set[int] = set()
+    for nth in range(1, MOST):
+        stepped = Stepped(nth, lambda: current_task().cancel())
+
+        async def stop_and_be_cancelled(running: Running, timeout: float, stepped: Stepped = stepped) -> None:
+            await stepped.run(stop(running, timeout))
+
+        monkeypatch.setattr(Running, "_stop", stop_and_be_cancelled)
+        try:
+            async with shop.bus() as bus:
+                await bus.publish_many([Placed(nth * 10), Placed(nth * 10 + 1)])
+                acknowledged.update((nth * 10, nth * 10 + 1))
+        except asyncio.CancelledError:
+            assert stepped.hit
+        shop.assert_closed()
+        if not stepped.hit:
+            break
+    assert nth > 3
+    monkeypatch.undo()
+    await shop.assert_whole(acknowledged)
+
+
+def current_task() -> asyncio.Task[Any]:
+    """The running task."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task

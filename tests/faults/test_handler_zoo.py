@@ -285,8 +285,9 @@ async def test_one_that_cancels_tasks(db: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_program_that_cancels_all_its_tasks(db: str) -> None:
-    """What many programs do at SIGTERM: the bus is left in order, and nothing is lost."""
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_program_that_cancels_all_its_tasks(db: str, times: int) -> None:
+    """What many programs do at SIGTERM, also while the bus is being left: it is left in order, and nothing is lost."""
     running, seen, handled = anyio.Event(), Recorder(), Recorder()
     bus = EventBus(db)
 
@@ -300,7 +301,7 @@ async def test_a_program_that_cancels_all_its_tasks(db: str) -> None:
     bus.subscribe(Fed, name="neighbour")(seen.note)
 
     def cancel_all() -> None:
-        for task in asyncio.all_tasks():
+        for task in () if program.done() else asyncio.all_tasks():
             if task is program or task.get_name().startswith("eventbus"):
                 task.cancel()
 
@@ -308,7 +309,8 @@ async def test_a_program_that_cancels_all_its_tasks(db: str) -> None:
         async with bus.open(stop_timeout=0.2):
             await bus.publish_many([Fed(0), Fed(1)])
             await running.wait()
-            cancel_all()
+            for number in range(times):
+                asyncio.get_running_loop().call_later(number * 0.005, cancel_all)
             await anyio.sleep_forever()
 
     program = asyncio.create_task(run())
