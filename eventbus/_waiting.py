@@ -152,9 +152,12 @@ class Waiting:
         await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
             await self._clear_all(serving, head)
-            while serving.paused is None and not serving.closed and not serving.redriver.idle and not serving.redriver.hindered:
+            redriver = serving.redriver
+            while not serving.closed and not redriver.idle and not redriver.hindered:
+                if serving.paused is not None and not redriver.reading:
+                    break
                 self._dispatcher.check_open()
-                await serving.redriver.wait_for_change()
+                await redriver.wait_for_change()
         found = 0
         while found < len(cascade.found):
             record = cascade.found[found]

@@ -1,30 +1,35 @@
 """The program that is killed: it publishes, handles, and says so, line by line, with `os.write`, after the fact.
 
-    python -m tests.crash.child DATABASE SEED RUN BACKEND work|drain START…
-
-Each line is one `os.write` to standard output, which is a file opened for appending: what was said before a kill stays said.
+`nursery` forks it. Several may work on one file; each has its number, and publishers of its own. Each line is one `os.write`
+to standard output, which is a file opened for appending: what was said before a kill stays said.
 
     R run                            the bus is open
-    A event                          the event's publish has returned
+    A event source number            the event's publish has returned
     B event subscription position attempt key   a handler has begun
     E event subscription position attempt       … and has ended well
     C event                          `receipt.handled()` has returned: every ack of it is committed
     L n                              `drain` has returned, with so much left
+    K point                          a fail point was passed: it dies now
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-import sys
 import zlib
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 
 import anyio
 import anyio.lowlevel
 import attrs
 from anyio.abc import TaskGroup
 
-from eventbus import Delivery, Draft, Envelope, EventBus, HandlingFailed, Receipt, RetryPolicy, event
+from eventbus import Delivery, Draft, Envelope, EventBus, HandlingFailed, Receipt, Reject, RetryPolicy, event
+from eventbus.stores import sqlite
+from tests.crash import failpoints
+from tests.crash.nursery import Task
 
 KEYS = 7
 BATCH = 5
@@ -62,9 +67,30 @@ class Shipped:
     number: int
 
 
+@event("crash.doomed")
+@attrs.frozen
+class Doomed:
+    """Its handler rejects it as often as not; it is redriven until it is handled."""
+
+    source: str
+    number: int
+
+
+@event("crash.hopeless")
+@attrs.frozen
+class Hopeless:
+    """Its handler rejects it, and its dead letter is discarded."""
+
+
+@event("crash.never")
+@attrs.frozen
+class Never:
+    """It is due in an hour, and is cancelled before."""
+
+
 def say(*words: object) -> None:
-    """One line, in one system call."""
-    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+    """One line, in one system call. A kill may tear it, at the border of a page: it begins a line, and its last word is a stop."""
+    os.write(1, f"\n{' '.join(map(str, words))} .".encode())
 
 
 def luck(event_id: str, salt: str) -> int:
@@ -137,15 +163,105 @@ def declare(bus: EventBus) -> None:
         say("E", *begun(delivery))
 
 
-async def single(bus: EventBus, group: TaskGroup, source: str, start: int, chance: random.Random) -> None:
-    """Publish one by one, with idempotency keys; after a kill, the one that was under way again."""
-    for number in range(start, 1_000_000):
-        placed = Placed(source, number, f"k{chance.randrange(KEYS)}" if source == "unkeyed" else f"k{number % KEYS}")
-        receipt = await bus.publish(placed, idempotency_key=None if source == "unkeyed" else f"{source}-{number}")
+def declare_rare(bus: EventBus, mode: str) -> None:
+    """The subscriptions that are paused, rewound, redriven and removed."""
+    chance = random.Random()
+
+    @bus.subscribe(Doomed, name="doomed", order="none")
+    async def doomed(_doomed: Doomed, delivery: Delivery) -> None:
+        if not delivery.replaying and mode == "work" and chance.random() < 0.5:
+            raise Reject("this time")
+        say("E", *begun(delivery))
+
+    @bus.subscribe(Hopeless, name="hopeless")
+    async def hopeless(_hopeless: Hopeless) -> None:
+        raise Reject("always")
+
+    @bus.subscribe(Hopeless, name="removed")
+    async def removed(_hopeless: Hopeless) -> None: ...
+
+
+class Publishers:
+    """The tasks of one process that publish; what each publishes is told apart by its source."""
+
+    def __init__(self, bus: EventBus, task: Task, group: TaskGroup) -> None:
+        self.bus = bus
+        self.task = task
+        self.group = group
+        self.chance = random.Random(f"{task.seed}-{task.run}")
+
+    def start(self) -> None:
+        """Publish until killed."""
+        functions = {"one": self.single, "two": self.single, "unkeyed": self.unkeyed, "batch": self.many}
+        for source, function in (functions | {"later": self.later, "doomed": self.rare}).items():
+            self.group.start_soon(function, f"{source}.{self.task.who}")
+
+    async def numbers(self, source: str, seconds: float) -> AsyncIterator[int]:
+        """Go on after the last that was acknowledged, with pauses."""
+        for number in itertools.count(self.task.starts.get(source, 0)):
+            yield number
+            await anyio.sleep(self.chance.random() * seconds)
+
+    async def single(self, source: str) -> None:
+        """Publish one by one, with idempotency keys; after a kill, the one that was under way again."""
+        async for number in self.numbers(source, 0.006):
+            placed = Placed(source, number, f"k{number % KEYS}")
+            await self.acknowledged(await self.bus.publish(placed, idempotency_key=f"{source}-{number}"), source, number)
+
+    async def unkeyed(self, source: str) -> None:
+        """… without a key."""
+        async for number in self.numbers(source, 0.006):
+            placed = Placed(source, number, f"k{self.chance.randrange(KEYS)}")
+            await self.acknowledged(await self.bus.publish(placed), source, number)
+
+    async def many(self, source: str) -> None:
+        """Publish in batches, all or nothing."""
+        async for batch in self.numbers(source, 0.02):
+            drafts = [
+                Draft(Placed(source, batch * BATCH + n, f"k{n % KEYS}", batch), idempotency_key=f"{source}-{batch}-{n}")
+                for n in range(BATCH)
+            ]
+            receipts = await self.bus.publish_many(drafts)
+            for receipt in receipts:
+                say("A", receipt.id, source, batch)
+            await self.acknowledged(receipts[-1], source, batch)
+
+    async def later(self, source: str) -> None:
+        """Publish what is due soon."""
+        async for number in self.numbers(source, 0.02):
+            due = timedelta(seconds=self.chance.random() * 0.02)
+            placed = Placed(source, number, f"k{number % KEYS}")
+            receipt = await self.bus.publish(placed, idempotency_key=f"{source}-{number}", due=due)
+            say("A", receipt.id, source, number)
+
+    async def rare(self, source: str) -> None:
+        """Publish what is rejected, and do what is done now and then."""
+        bus = self.bus
+        await bus.unsubscribe("removed")
+        await bus.resume("doomed")  # the kill may have come while it was paused
+        async for number in self.numbers(source, 0.01):
+            for draft in (Doomed(source, number), Hopeless()):
+                receipt = await bus.publish(draft)
+                say("A", receipt.id, source, number)
+            match number % 5:
+                case 0:
+                    await bus.cancel((await bus.publish(Never(), due=timedelta(hours=1))).id)
+                case 1:
+                    await bus.pause("doomed")
+                    await bus.resume("doomed")
+                case 2:
+                    await bus.dead_letters.redrive(subscription="doomed")
+                case 3:
+                    await bus.dead_letters.discard(subscription="hopeless")
+                case _:
+                    await bus.rewind("doomed", after=max(0, receipt.position or 0) // 2)
+                    await bus.replay(Doomed, after=max(0, receipt.position or 0) - 50, to="doomed")
+
+    async def acknowledged(self, receipt: Receipt, source: str, number: int) -> None:
+        """Say so, and wait for every fourth to be settled, so that handlers keep up."""
         say("A", receipt.id, source, number)
         if number % 4 == 0:
-            group.start_soon(settled, receipt)
-        await anyio.sleep(chance.random() * 0.006)
+            await settled(receipt)
 
 
 async def settled(receipt: Receipt) -> None:
@@ -158,36 +274,34 @@ async def settled(receipt: Receipt) -> None:
     say("C", receipt.id)
 
 
-async def many(bus: EventBus, source: str, start: int, chance: random.Random) -> None:
-    """Publish in batches, all or nothing."""
-    for batch in range(start, 1_000_000):
-        drafts = [
-            Draft(Placed(source, batch * BATCH + n, f"k{n % KEYS}", batch), idempotency_key=f"{source}-{batch}-{n}")
-            for n in range(BATCH)
-        ]
-        for receipt in await bus.publish_many(drafts):
-            say("A", receipt.id, source, batch)
-        await anyio.sleep(chance.random() * 0.02)
+async def drain(bus: EventBus) -> None:
+    """Wait until nothing is left, of what is due in the next minute, and of what is redriven."""
+    await bus.resume("doomed")
+    soon = datetime.now(UTC) + timedelta(minutes=1)
+    while (due := (await bus.stats()).next_due) is not None and due < soon:
+        await anyio.sleep(0.002)
+    left = sum((await bus.drain(timeout=60)).values())
+    await bus.dead_letters.redrive(subscription="doomed")
+    left += sum((await bus.drain(timeout=60)).values())
+    say("L", left)
 
 
-async def main(path: str, seed: str, run: str, mode: str, starts: dict[str, int]) -> None:
+async def main(task: Task) -> None:
     """Work until killed, or drain and leave."""
-    bus = EventBus(path)
+    bus = EventBus(task.database)
     declare(bus)
-    chance = random.Random(f"{seed}-{run}")
+    declare_rare(bus, task.mode)
     async with bus:
-        say("R", run)
-        if mode == "drain":
-            left = await bus.drain(timeout=60)
-            say("L", sum(left.values()))
+        say("R", task.run)
+        if task.mode == "drain":
+            await drain(bus)
             return
         async with anyio.create_task_group() as group:
-            for source in ("one", "two", "unkeyed"):
-                group.start_soon(single, bus, group, source, starts[source], chance)
-            group.start_soon(many, bus, "batch", starts["batch"], chance)
+            Publishers(bus, task, group).start()
 
 
-if __name__ == "__main__":
-    _, path, seed, run, backend, mode, *numbers = sys.argv
-    starts = dict(zip(("one", "two", "unkeyed", "batch"), map(int, numbers), strict=True))
-    anyio.run(main, path, seed, run, mode, starts, backend=backend)
+def work(task: Task) -> None:
+    """Run it, in a process of its own."""
+    sqlite.WAL_PAGES = 50  # WAL checkpoints come often
+    failpoints.install()
+    anyio.run(main, task, backend=task.backend)

@@ -1,17 +1,39 @@
-"""A process that publishes and handles is killed with SIGKILL at random moments; see `campaign` for what is checked."""
+"""A process that publishes and handles is killed, at random moments and at every fail point; see `checks` for what must hold."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from tests.crash.campaign import campaign
+from tests.crash import at_points, campaign
+from tests.crash.failpoints import POINTS
+from tests.crash.nursery import Nursery
 
 
-@pytest.mark.parametrize(("seed", "backend"), [("a", "asyncio"), ("b", "trio"), ("c", "asyncio")])
-def test_nothing_acknowledged_is_lost_by_a_kill(tmp_path: Path, seed: str, backend: str) -> None:
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """Where the programs come from that are killed."""
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_nothing_acknowledged_is_lost_by_a_kill(nursery: Nursery, number: int) -> None:
     """What was acknowledged is in the log and settled by every subscription, in order, once; whatever moment the kill chose."""
-    round_ = campaign(tmp_path, seed, 8, backend)
-    assert not round_.faults, "\n".join(round_.faults)
-    assert round_.kills == 8
+    case = campaign.case(1, number, nursery)
+    assert not case.faults, "\n".join(case.faults)
+    assert case.checked == campaign.KILLS
+
+
+@pytest.mark.parametrize("number", range(at_points.CASES))
+def test_nor_by_a_kill_at_a_fail_point(nursery: Nursery, number: int) -> None:
+    """So it is for a kill before or after each commit, claim, WAL checkpoint, …, and when recovering from it is interrupted."""
+    case = at_points.case(1, number, nursery)
+    assert not case.faults, "\n".join(case.faults)
+
+
+def test_every_fail_point_has_its_turn() -> None:
+    """The short form kills at all of them."""
+    assert {point for number in range(at_points.CASES) for point in at_points.share(1, number)} == set(POINTS)
+    assert len({point.name for point in POINTS}) == len(POINTS)
