@@ -109,7 +109,7 @@ class Running:
         self.membership = Membership(self.dispatcher, self.journal, self.reader, self.instance, settings.lease, shared=shared)
         self.status = Status(self.dispatcher, self.journal, self.reader)
         self.elsewhere = Elsewhere(self.dispatcher, self.membership, self.reader, self.status)
-        self.waiting = Waiting(self.dispatcher, self.membership, self.reader, self.elsewhere)
+        self.waiting = Waiting(self.dispatcher, self.reader, self.elsewhere)
         self.history = History(self.reader)
         self.replays: set[Replay] = set()
         self.exit_error: BaseException | None = None
