@@ -242,10 +242,9 @@ class EventBus:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Stop the bus; see `open`."""
-        opening, self._opening = self._opening, None
-        if opening is None:
+        if self._opening is None:
             raise BusNotOpen("the bus is not open")
-        await opening.__aexit__(kind, error, traceback)
+        await self._opening.__aexit__(kind, error, traceback)
 
     async def _start(self, store: str | os.PathLike[str] | Store | None, names: set[str]) -> Running:
         if self._running is not None:
@@ -261,7 +260,7 @@ class EventBus:
         return running
 
     def _end(self) -> None:
-        self._running = None
+        self._running = self._opening = None
 
     def _open(self) -> Running:
         running = self._running

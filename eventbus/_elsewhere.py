@@ -151,7 +151,7 @@ class Elsewhere:
     # -------------------------------------------------------------- everything of a subscription
 
     async def clear(self, serving: Serving, position: int) -> None:
-        """Wait until the lanes of a subscription that are not here have settled everything up to a position, or have come here, or
+        """Wait until the lanes of a subscription that are not here have settled all up to a position, or have come here, or
         nobody runs them."""
         while serving.paused is None and not serving.closed and await self.left(serving, position):
             if serving.waits_for is not None and not self._membership.serves_elsewhere(serving.options.name):

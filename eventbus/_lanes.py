@@ -64,8 +64,8 @@ class Holder(Protocol):
     def pause(self, reason: str) -> None:
         """Stop giving out deliveries; the lane has stored the reason."""
 
-    def redriven(self, letter: int) -> None:
-        """The store knows what became of a redriven dead letter."""
+    def redriven(self, letter: int, due_at: float | None) -> None:
+        """The store knows what became of a redriven dead letter: `due_at` if it is to be tried again."""
 
     def hindered(self) -> None:
         """A lane gives nothing out for now."""
@@ -321,8 +321,8 @@ class Lane:
                 _log.info("%s: the delivery at %d had been settled before", unit.subscription, unit.position)
             self._stored = max(self._stored, unit.checkpoint)
             self.log.confirmed(unit)
-        if unit.dead_letter is not None and unit.retry is None:
-            self.holder.redriven(unit.dead_letter)
+        if unit.dead_letter is not None:
+            self.holder.redriven(unit.dead_letter, None if unit.retry is None else unit.retry[1])
         self.wake()
 
     def _tell_scheduled(self, published: Sequence[Record]) -> None:

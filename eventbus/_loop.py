@@ -74,6 +74,10 @@ class Loop(Protocol):
     async def forget_cancellation(self) -> None:
         """Go on as if it had not been. Within a shielded scope."""
 
+    async def insist(self, function: Callable[[], Awaitable[None]], scope: anyio.CancelScope, /) -> None:
+        """Call a function again if its task is cancelled otherwise than by this shielded scope: asyncio programs that shut down
+        cancel all tasks that there are, ours as well, and still need them to leave the bus."""
+
 
 def current_loop() -> Loop:
     """The running loop."""
@@ -173,6 +177,15 @@ class _Asyncio:
         with contextlib.suppress(asyncio.CancelledError):  # it may not have been raised yet
             await asyncio.sleep(0)
 
+    async def insist(self, function: Callable[[], Awaitable[None]], scope: anyio.CancelScope, /) -> None:
+        while True:
+            try:
+                return await function()
+            except asyncio.CancelledError:
+                if scope.cancel_called:
+                    raise
+                await self.forget_cancellation()
+
 
 # ------------------------------------------------------------------ trio
 
@@ -245,6 +258,9 @@ class _Trio:
 
     async def forget_cancellation(self) -> None:
         pass
+
+    async def insist(self, function: Callable[[], Awaitable[None]], _scope: anyio.CancelScope, /) -> None:
+        await function()
 
 
 # ------------------------------------------------------------------ processes and threads

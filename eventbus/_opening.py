@@ -33,9 +33,11 @@ class Opening(Generic[Bus]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        running, self._running = self._running, None
+        running = self._running
         if running is None:
             raise BusNotOpen("the bus is not open")
+        running.check_leaving()
+        self._running = None
         try:
             await running.stop(self._stop_timeout)
         finally:

@@ -94,11 +94,10 @@ class Failure(msgspec.Struct, eq=False):
 def death_of(failure: Failure, attempts: int, first_failed_at: float | None) -> Death:
     """How a delivery ends, for its dead letter."""
     error = failure.error
-    text = "".join(traceback.format_exception(error, limit=-_FRAMES))
     return Death(
         type(error).__name__,
         _message_of(error)[:_MESSAGE],
-        _printable(text)[-_TRACEBACK:],
+        _traceback_of(error)[-_TRACEBACK:],
         attempts,
         failure.now if first_failed_at is None else first_failed_at,
         failure.now,
@@ -124,8 +123,17 @@ def _message_of(error: BaseException) -> str:
     """The error's message, as text that can be stored; errors are made by users, and may fail at that, too."""
     try:
         return _printable(str(error))
-    except Exception as second:  # noqa: BLE001  # whatever it is
+    except BaseException as second:  # noqa: BLE001  # whatever it is: the worker must go on
         return f"(its message cannot be made: {type(second).__name__})"
+
+
+def _traceback_of(error: BaseException) -> str:
+    try:
+        text = "".join(traceback.format_exception(error, limit=-_FRAMES))
+    except BaseException as second:  # noqa: BLE001  # see `_message_of`; where it was raised can be told all the same
+        where = "".join(traceback.format_tb(error.__traceback__, limit=-_FRAMES))
+        text = f"{where}{summary_of(error)}\n(the rest cannot be shown: {type(second).__name__})\n"
+    return _printable(text)
 
 
 def _printable(text: str) -> str:

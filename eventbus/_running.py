@@ -28,6 +28,7 @@ from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
 from eventbus._loop import Loop, Turn, Worker, current_loop, this_process, undisturbed
 from eventbus._membership import Membership
+from eventbus._outcomes import current_attempt
 from eventbus._probation import Solo
 from eventbus._reader import Reader
 from eventbus._recovery import recover
@@ -37,7 +38,7 @@ from eventbus._timers import Timers
 from eventbus._upkeep import Upkeep
 from eventbus._waiting import Waiting
 from eventbus._workers import Pool
-from eventbus.errors import EventBusError, WrongLoop
+from eventbus.errors import ConfigurationError, EventBusError, WrongLoop
 from eventbus.hooks import notify
 from eventbus.stores.base import (
     Instance,
@@ -108,7 +109,7 @@ class Running:
         self.membership = Membership(self.dispatcher, self.journal, self.reader, self.instance, settings.lease, shared=shared)
         self.status = Status(self.dispatcher, self.journal, self.reader)
         self.elsewhere = Elsewhere(self.dispatcher, self.membership, self.reader, self.status)
-        self.waiting = Waiting(self.dispatcher, self.membership, self.reader, self.elsewhere)
+        self.waiting = Waiting(self.dispatcher, self.reader, self.elsewhere)
         self.history = History(self.reader)
         self.replays: set[Replay] = set()
         self.exit_error: BaseException | None = None
@@ -166,7 +167,7 @@ class Running:
         """Run until the bus is closed, whatever is cancelled around it."""
         with anyio.CancelScope(shield=True) as scope:
             self._scopes.append(scope)
-            await task()
+            await self.loop.insist(task, scope)
 
     # -------------------------------------------------------------- the end
 
@@ -176,6 +177,15 @@ class Running:
             self.exit_error = error
             self.dispatcher.leave()
             self._group.cancel_scope.cancel()
+
+    def check_leaving(self) -> None:
+        """Raise in an attempt of this bus: to leave, it would wait for itself."""
+        attempt = current_attempt.get()
+        if attempt is not None and not attempt.over and attempt.lane.environment is self.environment:
+            raise ConfigurationError(
+                "a handler cannot leave the bus that runs it: leaving waits for the handler. End the body of `async with bus`, "
+                "by an event that it waits for, for instance; or raise SystemExit"
+            )
 
     async def stop(self, timeout: float) -> None:
         """Let running attempts finish for `timeout` seconds, release the rest, write what is to be written, let go."""
@@ -224,11 +234,15 @@ class Running:
             raise self.exit_error
 
     async def _close(self) -> None:
-        if self._journal_runs and self.dispatcher.crash is None:
-            try:
+        try:
+            if self._journal_runs and self.dispatcher.crash is None:
                 await self.membership.leave()
-            except EventBusError as error:
-                _log.warning("the instance could not sign off: %s", error)
+        except EventBusError as error:
+            _log.warning("the instance could not sign off: %s", error)
+        finally:
+            await self._let_go()
+
+    async def _let_go(self) -> None:
         self.reader.close()
         self.journal.close()
         if self._reader_thread is not None:

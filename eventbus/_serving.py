@@ -286,6 +286,7 @@ class Serving:
         for lane in self.lanes.values():
             lane.log.retry_now()
             lane.wake()
+        self.redriver.kick()  # it passed over what is of paused lanes
 
     def follow_pause(self, reason: str | None) -> None:
         """What another instance has stored."""
@@ -303,9 +304,9 @@ class Serving:
             lane.close()
         self.redriver.changed()
 
-    def redriven(self, letter: int) -> None:
+    def redriven(self, letter: int, due_at: float | None) -> None:
         """The store knows what became of a redriven dead letter."""
-        self.redriver.ended(letter)
+        self.redriver.ended(letter, due_at)
 
     def hindered(self) -> None:
         """A lane gives nothing out for now."""

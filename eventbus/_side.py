@@ -6,6 +6,7 @@ on. An ack of a redrive deletes the dead letter, in one unit with what the attem
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import logging
@@ -27,7 +28,7 @@ _log = logging.getLogger("eventbus")
 
 _PAGE = 100
 KNOWN = 1_000
-"""Redriven dead letters that are in memory at once."""
+"""Redriven dead letters that are in memory at once, beside those of lanes that give nothing out for now."""
 
 
 class Item(msgspec.Struct, eq=False):
@@ -43,7 +44,6 @@ class Item(msgspec.Struct, eq=False):
     wanted: Callable[[], bool] = lambda: True
     attempts: int = 0
     first_failed_at: float | None = None
-    due_at: float | None = None
     letter: DeadLetterRow | None = None
 
 
@@ -59,15 +59,14 @@ class SideSource:
         self._tie = itertools.count()
         self._running = 0
 
+    def __len__(self) -> int:
+        return len(self._items) + len(self._waiting) + self._running
+
     def add(self, items: Sequence[Item]) -> None:
-        """Deliver items after those before them, or when they are due."""
+        """Deliver items after those before them."""
         if self not in self._lane.sources:
             self._lane.sources.append(self)
-        for item in items:
-            if item.due_at is None:
-                self._items.append(item)
-            else:
-                self._wait(item)
+        self._items.extend(items)
         self._lane.wake()
 
     def take(self) -> Attempt | None:
@@ -95,7 +94,7 @@ class SideSource:
         self._over(item, acked=True)
 
     def failed(self, failure: Failure) -> None:
-        """It waits for another attempt, or it is over."""
+        """It waits for another attempt, or it is over. A dead letter waits in the store: see `Redriver`."""
         item, attempt = self._item(failure.attempt), failure.attempt
         if failure.delay is None:
             before = 0 if item.letter is None else item.letter.death.attempts
@@ -103,13 +102,14 @@ class SideSource:
             self._send(item, death=death_of(failure, before + attempt.number, first))
             self._over(item, acked=False)
             return
+        self._running -= 1
+        if item.letter is not None:
+            self._send(item, counts=False, retry=(attempt.number, failure.now + failure.delay))
+            self._go_if_empty()
+            return
         item.attempts = attempt.number
         item.first_failed_at = failure.now if item.first_failed_at is None else item.first_failed_at
-        item.due_at = failure.now + failure.delay
-        if item.letter is not None:
-            self._send(item, counts=False, retry=(item.attempts, item.due_at))
-        self._running -= 1
-        self._wait(item)
+        self._wait(item, failure.now + failure.delay)
 
     def given_back(self, attempt: Attempt) -> None:
         """It is next again."""
@@ -133,10 +133,9 @@ class SideSource:
         self._go_if_empty()
         item.ended(acked)
 
-    def _wait(self, item: Item) -> None:
+    def _wait(self, item: Item, due_at: float) -> None:
         environment = self._lane.environment
-        delay = max(0.0, (item.due_at or 0.0) - environment.clock.time())
-        due = environment.clock.monotonic() + delay
+        due = environment.clock.monotonic() + max(0.0, due_at - environment.clock.time())
         heapq.heappush(self._waiting, (due, next(self._tie), item))
         environment.timers.at(due, self._lane.wake)
 
@@ -146,7 +145,11 @@ class SideSource:
 
 
 class Redriver:
-    """Brings a subscription's dead letters that are being redriven to its lanes, a bounded number at a time."""
+    """Brings a subscription's dead letters that are being redriven to its lanes, a bounded number at a time.
+
+    Those that cannot be redriven now hide none of those behind them: what waits for another attempt is read again when it is due;
+    what is of a lane that gives nothing out, from the start, when that may have changed.
+    """
 
     def __init__(
         self,
@@ -161,7 +164,9 @@ class Redriver:
         self._want_lane = want_lane  # asks for the lane of a type, after which comes a `kick`; False if there will be none
         self._lane_is_coming = False
         self._sources: dict[Lane, SideSource] = {}
-        self._known: dict[int, Lane] = {}
+        self._known: dict[int, Lane | None] = {}
+        self._later: dict[int, float] = {}  # those that wait for another attempt; unix seconds
+        self._skipped = 0  # … that were read, and are of lanes that give nothing out
         self._after = 0
         self._reading = False
         self._ended: set[int] = set()  # … since the reading began: its answer may still have them
@@ -170,19 +175,29 @@ class Redriver:
 
     @property
     def known(self) -> int:
-        """How many are being delivered."""
-        return len(self._known)
+        """How many are being delivered, or wait."""
+        return len(self._known) + len(self._later) + self._skipped
+
+    @property
+    def reading(self) -> bool:
+        """Whether there may be some that are not known yet."""
+        return self._reading
 
     @property
     def idle(self) -> bool:
         """Whether all of them have been settled."""
-        return not self._reading and not self._known and not self._lane_is_coming
+        return not self._reading and not self.known and not self._lane_is_coming
 
     @property
     def hindered(self) -> bool:
         """Whether all that is left waits in lanes that give nothing out."""
         busy = [lane for lane, source in self._sources.items() if source in lane.sources]
-        return not self._reading and bool(busy) and all(lane.gives_nothing() for lane in busy)
+        hindered = all(lane.gives_nothing() for lane in busy) and bool(busy or self._skipped)
+        return hindered and not self._reading and not self._later
+
+    def _has_room(self, most: int) -> bool:
+        """Whether fewer than so many are in lanes that may give them out."""
+        return sum(len(source) for lane, source in self._sources.items() if not lane.gives_nothing()) < most
 
     async def wait_for_change(self) -> None:
         """Wait until it may have become idle, or something else has changed."""
@@ -192,6 +207,7 @@ class Redriver:
 
     def changed(self) -> None:
         """Something that they wait for may have changed."""
+        self._read_on()
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             waiter.set()
@@ -202,7 +218,7 @@ class Redriver:
         if self._reading:
             self._again = True
         else:
-            self._after = 0
+            self._after = self._skipped = 0
             self._read()
 
     def forget(self, lane: Lane) -> None:
@@ -210,6 +226,11 @@ class Redriver:
         self._sources.pop(lane, None)
         self._known = {letter: its for letter, its in self._known.items() if its is not lane}
         self.changed()
+
+    def _read_on(self) -> None:
+        """Go on where the last page ended, if there is room again."""
+        if self._after and not self._reading and self._has_room(KNOWN // 2):
+            self._read()
 
     def _read(self) -> None:
         self._reading = True
@@ -225,16 +246,16 @@ class Redriver:
             return
         for row in rows:
             self._after = row.id
-            if row.id not in self._known and row.id not in self._ended:
+            if row.id not in self._known and row.id not in self._ended and row.id not in self._later:
                 self._deliver(row)
         more = len(rows) == _PAGE
         if self._again:
             self._again = False
             self.kick()
-        elif more and len(self._known) < KNOWN:
-            self._read()
         elif not more:
             self._after = 0
+        elif self._has_room(KNOWN):
+            self._read()
         self.changed()
 
     def _deliver(self, row: DeadLetterRow) -> None:
@@ -244,19 +265,60 @@ class Redriver:
             return
         if lane is None:
             return  # another instance has it, or will have
+        if row.attempt and row.due_at is not None and row.due_at > self._environment.clock.time():
+            self._wait(row.id, row.due_at)
+            return
+        if lane.gives_nothing():
+            self._skipped += 1
+            return
         self._known[row.id] = lane
         source = self._sources.get(lane)
         if source is None:
             source = self._sources[lane] = SideSource(lane)
-        due_at = row.due_at if row.attempt else None
-        source.add([Item(row.record, attempts=row.attempt, due_at=due_at, letter=row)])
+        source.add([Item(row.record, attempts=row.attempt, letter=row)])
 
-    def ended(self, letter: int) -> None:
-        """The store knows what became of one; before that, it would be read and delivered again."""
+    def ended(self, letter: int, due_at: float | None) -> None:
+        """The store knows what became of one; before that, it would be read and delivered again.
+
+        Args:
+            due_at: when it is to be tried again, or None.
+        """
         self._known.pop(letter, None)
-        if self._reading:
+        if due_at is not None:
+            self._wait(letter, due_at)
+        elif self._reading:
             self._ended.add(letter)
-        if self._after and not self._reading and len(self._known) < KNOWN // 2:
-            self._read()
-        elif self.idle:
+        if self.idle or self.hindered:
             self.changed()
+        else:
+            self._read_on()
+
+    # -------------------------------------------------------------- those that wait for another attempt
+
+    def _wait(self, letter: int, due_at: float) -> None:
+        clock = self._environment.clock
+        self._later[letter] = due_at
+        self._environment.timers.at(clock.monotonic() + max(0.0, due_at - clock.time()), self._look_for_due)
+
+    def _look_for_due(self) -> None:
+        now = self._environment.clock.time()
+        due = [letter for letter, due_at in self._later.items() if due_at <= now]
+        for start in range(0, len(due), _PAGE):
+            ids = tuple(due[start : start + _PAGE])
+            for letter in ids:
+                del self._later[letter]
+            self._known.update(dict.fromkeys(ids))
+            which = DeadLetterFilter(ids=ids, subscription=self._subscription, redriving=True)
+            self._environment.reader.ask_then(DeadLetters(which, 0, _PAGE), functools.partial(self._on_due, ids))
+
+    def _on_due(self, ids: Sequence[int], rows: tuple[DeadLetterRow, ...] | BaseException) -> None:
+        for letter in ids:
+            self._known.pop(letter, None)
+        if isinstance(rows, BaseException):
+            _log.error("the dead letters being redriven could not be read: %s", rows)
+            for letter in ids:
+                self._wait(letter, self._environment.clock.time() + 1.0)
+            return
+        for row in rows:
+            self._deliver(row)
+        self.changed()

@@ -21,7 +21,6 @@ from eventbus.stores.base import DeadLetterFilter, DeadLetters, Find, Lag, LagOf
 if TYPE_CHECKING:
     from eventbus._dispatch import Dispatcher
     from eventbus._elsewhere import Elsewhere
-    from eventbus._membership import Membership
     from eventbus._reader import Reader
     from eventbus._serving import Serving
 
@@ -45,9 +44,8 @@ class Cascade:
 class Waiting:
     """Waits for lanes."""
 
-    def __init__(self, dispatcher: Dispatcher, membership: Membership, reader: Reader, elsewhere: Elsewhere) -> None:
+    def __init__(self, dispatcher: Dispatcher, reader: Reader, elsewhere: Elsewhere) -> None:
         self._dispatcher = dispatcher
-        self._membership = membership
         self._reader = reader
         self._elsewhere = elsewhere
 
@@ -133,9 +131,8 @@ class Waiting:
 
     async def drain(self, timeout: float | None) -> Mapping[str, int]:
         """See `EventBus.drain`."""
-        head = self._dispatcher.head
-        if not self._membership.is_alone():
-            head = max(head, (await self._reader.ask(LogState())).head)
+        # What others have published need not have been noticed yet.
+        head = max(self._dispatcher.head, (await self._reader.ask(LogState())).head)
         cascade = Cascade(head)
         committed = self._dispatcher.environment.committed
         committed.append(cascade.follow)
@@ -152,9 +149,12 @@ class Waiting:
         await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
             await self._clear_all(serving, head)
-            while serving.paused is None and not serving.closed and not serving.redriver.idle and not serving.redriver.hindered:
+            redriver = serving.redriver
+            while not serving.closed and not redriver.idle and not redriver.hindered:
+                if serving.paused is not None and not redriver.reading:
+                    break
                 self._dispatcher.check_open()
-                await serving.redriver.wait_for_change()
+                await redriver.wait_for_change()
         found = 0
         while found < len(cascade.found):
             record = cascade.found[found]

@@ -67,15 +67,18 @@ class Pool:
 
     async def _hire(self, group: TaskGroup) -> None:
         """Start workers. Lanes are woken by callbacks of the loop, which belong to no task and so may start none."""
-        with anyio.CancelScope(shield=True):
-            while True:
-                self._hiring = self.environment.loop.waiter()
-                hired, self._hired = self._hired, []
-                for task in hired:
-                    group.start_soon(undisturbed(task.run))
-                if self.stopping:
-                    return
-                await self._hiring.wait()
+        with anyio.CancelScope(shield=True) as scope:
+            await self.environment.loop.insist(partial(self._hire_until_stopping, group), scope)
+
+    async def _hire_until_stopping(self, group: TaskGroup) -> None:
+        while True:
+            self._hiring = self.environment.loop.waiter()
+            hired, self._hired = self._hired, []
+            for task in hired:
+                group.start_soon(undisturbed(task.run))
+            if self.stopping:
+                return
+            await self._hiring.wait()
 
     def schedule(self, lane: Lane) -> None:
         """A lane may have something to do."""
@@ -159,16 +162,19 @@ class Pool:
             task.let_finish()
         if not self._tasks:
             self._gone.set()
-        with anyio.move_on_after(timeout):
-            await self._gone.wait()
+        await self._wait_until_gone(timeout)
         for task in list(self._tasks):
             task.cancel()
-        with anyio.move_on_after(PATIENCE):
-            await self._gone.wait()
+        await self._wait_until_gone(PATIENCE)
         for task in self._tasks:
             _log.warning("the handler of %s does not end although it is cancelled; waiting for it", task.description)
-        await self._gone.wait()
+        await self._wait_until_gone(math.inf)
         self.threads.stop()
+
+    async def _wait_until_gone(self, seconds: float) -> None:
+        assert self._gone is not None
+        with anyio.move_on_after(seconds) as scope:
+            await self.environment.loop.insist(self._gone.wait, scope)
 
     def gone(self, task: _Task) -> None:
         """A worker has ended."""
@@ -232,7 +238,7 @@ class _Task:
             if lane is None:
                 self._wake = loop.waiter()
                 pool.rest(self)
-                await self._wake.wait()
+                await loop.insist(self._wake.wait, scope)
                 since = monotonic()
                 continue
             self._lane = lane
@@ -241,7 +247,7 @@ class _Task:
             if self_cancelled():
                 await loop.forget_cancellation()
             if monotonic() - since >= QUANTUM:
-                await checkpoint()
+                await loop.insist(checkpoint, scope)
                 since = monotonic()
 
     def _leave(self, lane: Lane) -> None:
@@ -281,7 +287,7 @@ class _Task:
                 if isinstance(outcome, Failed) and isinstance(outcome.error, (SystemExit, KeyboardInterrupt)):
                     self._pool.on_exit(outcome.error)
             else:
-                await self._cross(lane, attempt)
+                await self._cross(lane, attempt, scope)
             self._attempt = None
             if monotonic() >= end or self_cancelled() or scope.cancel_called:
                 lane.wake()
@@ -318,7 +324,7 @@ class _Task:
             return Failed(late)
         return RELEASED if cancelled and not isinstance(error, (SystemExit, KeyboardInterrupt)) else failed(attempt, error)
 
-    async def _cross(self, lane: Lane, attempt: Attempt) -> None:
+    async def _cross(self, lane: Lane, attempt: Attempt, scope: anyio.CancelScope) -> None:
         """Run a plain handler's attempts in a thread."""
         attempts = [attempt]
         if attempt.source is lane.log and attempt.number == 1:
@@ -335,7 +341,7 @@ class _Task:
         self._thread.submit(crossing.run)
         self._pool.step_aside()
         try:
-            await crossing.finished.wait()
+            await self._environment.loop.insist(crossing.finished.wait, scope)
             self._pool.threads.put(self._thread)
         except BaseException:
             self._leave_behind(lane, crossing, self._thread)

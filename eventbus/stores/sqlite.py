@@ -106,8 +106,9 @@ class SQLiteStore:
         self._identity: Identity | None = None
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
-        # The writer closes and opens the reader's connection after an I/O error; never while a query runs on it.
-        self._reading = threading.Lock()
+        # The writer closes and opens the reader's connection after an I/O error; never while a query runs on it, and those that
+        # come meanwhile wait.
+        self._reading = threading.RLock()
         self._suspect = False
         self._instance = ""
         self._others: list[str] = []  # instances that were alive when we looked last
@@ -312,7 +313,7 @@ class SQLiteStore:
         """Open the connections anew after an I/O error. The lock file stays held."""
         self._check_open()
         self._suspect = True
-        with self._translated():
+        with self._reading, self._translated():
             with contextlib.suppress(sqlite3.Error):
                 self._disconnect()
             self._connect()

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import attrs
 import pytest
 
@@ -481,3 +482,58 @@ async def test_a_discarded_redrive_stays_discarded(db: str) -> None:
         go_on.set()
         assert await bus.drain(timeout=5) == {}
         assert await bus.dead_letters.list() == []
+
+
+async def test_redrives_of_a_paused_subscription_wait_for_its_resumption(db: str) -> None:
+    """What is redriven while a subscription is paused is reported as left, and delivered when it is resumed."""
+    switch = Switch(Reject("for now"))
+    bus = bus_with(db, switch)
+    async with bus:
+        await bus.publish_many([Sold("k", n) for n in range(5)])
+        assert await bus.drain(5) == {}
+        switch.error = None
+        await bus.pause("s")
+        assert await bus.dead_letters.redrive(all=True) == 5
+        assert await bus.drain(5) == {"s": 5}
+        assert len(switch.recorder.seen) == 5
+        await bus.resume("s")
+        assert await bus.drain(5) == {}
+        assert await bus.dead_letters.list() == []
+    assert switch.recorder.seen[5:] == [(n, 1) for n in range(5)]
+
+
+async def test_drain_does_not_wait_for_redrives_of_a_blocked_lane(db: str) -> None:
+    """With redrives that nobody here decodes, `drain` waits for the others alone, whichever end last, and names what is left."""
+
+    @event("shop.sold", version=2, key="key")
+    @attrs.frozen
+    class NewerSold:
+        key: str
+        n: int
+
+    first = bus_with(db, Switch(Reject("for now")), NewerSold, Sent)
+    async with first:
+        await first.publish_many([NewerSold("k", 1), NewerSold("k", 2), *(Sent(n) for n in range(3))])
+        assert await first.drain(5) == {}
+
+    recorder, go_on = Recorder(), anyio.Event()
+
+    async def wait(event: Sent) -> None:
+        await go_on.wait()
+        recorder.add(event.n)
+
+    second = bus_with(db, wait, Sold, Sent)
+    async with second, anyio.create_task_group() as group:
+        await second.dead_letters.redrive(all=True)
+        drained = Recorder()
+
+        async def drain() -> None:
+            drained.add(await second.drain())
+
+        group.start_soon(drain)
+        while (await second.stats()).subscriptions["s"].state != "blocked":
+            await anyio.lowlevel.checkpoint()
+        await anyio.wait_all_tasks_blocked()
+        go_on.set()
+        assert await drained.wait_for(1) == [{"s": 2}]
+        assert sorted(recorder.seen) == [0, 1, 2]

@@ -116,7 +116,8 @@ class Round:
             said = [line for line in fresh if line[0] == "L"]
             self.fault(f"the last run ended with {code} and said {said}: {self.errors()}")
         self.found(wrong_in_run(self._before, fresh))
-        self.found(wrong_in_the_end(self.database, self.lines))
+        if code == 0:
+            self.found(wrong_in_the_end(self.database, self.lines))
 
     def errors(self) -> str:
         return (self.folder / "errors").read_text()[-3000:]

@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from eventbus.errors import PublishOutcomeUnknown, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreUnavailable
 from eventbus.stores import _sqlite_commit, _sqlite_insert, _sqlite_read
 from eventbus.stores import sqlite as module
+from eventbus.stores._sqlite_connection import connect
 from eventbus.stores.base import (
     Batch,
     Claim,
@@ -398,6 +400,31 @@ def test_a_commit_that_did_not(store: SQLiteStore, make: Callable[[SQLiteStore],
         store.commit(batch)
     assert _content(store) == before
     assert not store.commit(batch).refused
+
+
+def test_a_read_while_it_is_opened_again(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query that comes while the store is opened anew, after the disk failed, waits for that and is answered."""
+    answers: list[object] = []
+
+    def read() -> None:
+        try:
+            answers.append(store.read(LogState()).head)
+        except StoreUnavailable as error:
+            answers.append(error)
+
+    reading = threading.Thread(target=read)
+
+    def slow(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        if not reading.ident:
+            reading.start()
+            reading.join(0.1)
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(module, "connect", slow)
+    fail(store, "COMMIT", done=True)
+    store.commit(Batch(NOW, appends=[records(2)]))
+    reading.join()
+    assert answers == [2]
 
 
 @pytest.mark.parametrize("done", [False, True])
