@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
+from eventbus._serving import lanes_wanted
 from eventbus._sharing import LaneKey, share
 from eventbus.errors import BusNotOpen, EventBusError
 from eventbus.stores.base import (
@@ -122,7 +123,11 @@ class Membership:
         await self._change_generations()
         head, known = self._dispatcher.head, await self._reader.ask(Types())
         self._dispatcher.known_types.update(known)
-        wanted = {name: dict(serving.lanes_wanted(known)) for name, serving in self._dispatcher.servings.items()}
+        # Also of those that are not served here: who has much of them gets less of others, and all instances must agree on it.
+        wanted = {
+            each.name: dict(lanes_wanted(each.order, each.concurrency, each.types, each.since, known))
+            for each in self.standing.subscriptions
+        }
         self._shares = share(self.standing, wanted)
         await self._give_back()
         await self._take(wanted, known, head)

@@ -204,10 +204,6 @@ class Serving:
             types = tuple(t for t in self._dispatcher.known_types if self.wants(t))
         return types, slots_of(lane, self.options.concurrency) if self.options.order == "key" else (0, SLOTS)
 
-    def lanes_wanted(self, known: Iterable[str]) -> list[tuple[str, int]]:
-        """Names and starts of its lanes, given the types that are in the log."""
-        return lanes_wanted(self.options.order, self.options.concurrency, self.types, self.since, known)
-
     def add_lane(self, state: LaneState, rows: Sequence[WaitingRow], budget: Budget) -> Lane:
         """Make a lane from its stored state; see `Dispatcher.add_lane`."""
         options, environment = self.options, self._dispatcher.environment

@@ -22,7 +22,7 @@ def share(standing: Standing, lanes: Mapping[str, Iterable[str]]) -> dict[LaneKe
     least of all together. A lane stays where it is as long as that is so.
 
     Args:
-        lanes: the lanes of each subscription. Those of others are left out.
+        lanes: the lanes of each subscription.
     """
     shares: dict[LaneKey, str | None] = {}
     load: Counter[str] = Counter()

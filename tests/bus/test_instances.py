@@ -512,3 +512,18 @@ async def test_what_is_published_while_lanes_are_claimed(db: str, order: str) ->
     async with shop.bus.open(Interrupted(db, lambda: anyio.run(publish))):
         await shop.bus.publish(Placed(2))
         assert await shop.seen.wait_for(2) == [1, 2]
+
+
+async def test_instances_that_serve_different_subscriptions(db: str) -> None:
+    """All agree on whose a lane is, also those that do not serve what the others have besides: it is always somebody's."""
+    first, second, seen = EventBus(db), EventBus(db), Recorder()
+    first.subscribe(Placed, name="a", order="log")(Recorder().note)
+    for bus in (first, second):
+        bus.subscribe(Placed, name="b", order="log")(seen.note)
+    async with first, second:
+        with anyio.fail_after(10):
+            while [len(bus._running.dispatcher.lanes()) for bus in (first, second) if bus._running] != [1, 1]:
+                assert first._running is not None
+                await first._running.membership.next_step()
+        await first.publish(Placed(1))
+        assert await seen.wait_for(1) == [Placed(1)]

@@ -129,7 +129,7 @@ class Company(Round):
         self.listen()
         deadline = time.monotonic() + PATIENCE
         unserved, idle = {*TYPES}, {str(who) for who, role in enumerate(ROLES) if role}
-        while (unserved or idle) and time.monotonic() < deadline:
+        while (unserved or idle) and len(self.working) == len(ROLES) and time.monotonic() < deadline:
             time.sleep(0.01)
             self.look_for_ended()
             ended = [line for line in self.listen() if line[0] == "E"]
