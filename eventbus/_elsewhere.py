@@ -139,10 +139,11 @@ class Elsewhere:
             return f"paused: {stored.paused}"
         serving = self._dispatcher.servings.get(name)
         served = [m.serves[name] for m in self._membership.standing.members if name in m.serves]
-        if not served:
+        if not served and serving is None:
             return self._dispatcher.others.get(name, (stored, "no handler"))[1]
         lane = _lane_of(stored, record)
-        if all(lane in serves.cannot for serves in served):
+        # Where it is served here and by nobody, the others have taken this instance for dead; it is about to be back.
+        if served and all(lane in serves.cannot for serves in served):
             return "no instance can decode an event of its lane"
         if serving is not None and serving.waits_for is not None and not self._membership.serves_elsewhere(name):
             return serving.waits_for

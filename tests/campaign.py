@@ -59,6 +59,8 @@ class Part:
 
 PARTS: Sequence[Part] = (
     Part("SIGKILL at random moments, 1 process", "kills", 10_000, "tests.crash.campaign", 2.0),
+    Part("SIGKILL at random moments, 4 processes", "kills", 10_000, "tests.crash.processes", 2.0),
+    Part("SIGSTOP past the lease", "stops", 500, "tests.crash.stops"),
     Part("SIGKILL at every fail point", "kills", 5_000, "tests.crash.at_points"),
 )
 

@@ -17,8 +17,9 @@ import attrs
 import pytest
 
 from eventbus import Delivery, DeliveryStatus, Draft, EventBus, HandlingFailed, LaneLost, Reject, RetryPolicy
+from eventbus._membership import NOBODY
 from eventbus._running import Running
-from eventbus.stores.base import Batch, Claim, Committed, Lanes
+from eventbus.stores.base import Batch, Claim, Committed, Lanes, Record
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import Recorder
 
@@ -527,3 +528,15 @@ async def test_instances_that_serve_different_subscriptions(db: str) -> None:
                 await first._running.membership.next_step()
         await first.publish(Placed(1))
         assert await seen.wait_for(1) == [Placed(1)]
+
+
+async def test_an_instance_that_was_taken_for_dead_has_its_handlers_still(db: str) -> None:
+    """One that the others have removed, its lease having ended, does not say of its own subscription that nobody handles it."""
+    shop = Shop(db)
+    async with shop.bus:
+        receipt = await shop.bus.publish(Placed(1))
+        await receipt.handled(10)
+        of, record = running(shop), receipt._record
+        assert isinstance(record, Record)
+        of.membership.standing = NOBODY
+        assert of.elsewhere._hindrance(of.dispatcher.servings["stock"].stored, record) is None

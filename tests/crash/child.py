@@ -9,6 +9,7 @@ to standard output, which is a file opened for appending: what was said before a
     E event subscription position attempt who       … and has ended well
     C event                          `receipt.handled()` has returned: every ack of it is committed
     L n                              `drain` has returned, with so much left
+    Y                                another process had the turn to write for so long that something was refused
     K point                          a fail point was passed: it dies now
 """
 
@@ -20,8 +21,9 @@ import os
 import random
 import signal
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -38,12 +40,15 @@ from eventbus import (
     Receipt,
     Reject,
     RetryPolicy,
+    StoreBusy,
     UnknownSubscription,
     event,
 )
 from eventbus.stores import sqlite
 from tests.crash import failpoints
 from tests.crash.nursery import Task
+
+T = TypeVar("T")
 
 KEYS = 7
 BATCH = 5
@@ -224,13 +229,17 @@ class Publishers:
         """Publish one by one, with idempotency keys; after a kill, the one that was under way again."""
         async for number in self.numbers(source, 0.006):
             placed = Placed(source, number, f"k{number % KEYS}")
-            await self.acknowledged(await self.bus.publish(placed, idempotency_key=f"{source}-{number}"), source, number)
+            receipt = await self.stored(
+                lambda placed=placed, key=f"{source}-{number}": self.bus.publish(placed, idempotency_key=key)
+            )
+            await self.acknowledged(receipt, source, number)
 
     async def unkeyed(self, source: str) -> None:
         """… without a key."""
         async for number in self.numbers(source, 0.006):
             placed = Placed(source, number, f"k{self.chance.randrange(KEYS)}")
-            await self.acknowledged(await self.bus.publish(placed), source, number)
+            receipt = await self.stored(self.bus.publish, placed)
+            await self.acknowledged(receipt, source, number)
 
     async def many(self, source: str) -> None:
         """Publish in batches, all or nothing."""
@@ -239,7 +248,7 @@ class Publishers:
                 Draft(Placed(source, batch * BATCH + n, f"k{n % KEYS}", batch), idempotency_key=f"{source}-{batch}-{n}")
                 for n in range(BATCH)
             ]
-            receipts = await self.bus.publish_many(drafts)
+            receipts = await self.stored(self.bus.publish_many, drafts)
             for receipt in receipts:
                 say("A", receipt.id, source, batch)
             await self.acknowledged(receipts[-1], source, batch)
@@ -249,7 +258,7 @@ class Publishers:
         async for number in self.numbers(source, 0.02):
             due = timedelta(seconds=self.chance.random() * 0.02)
             placed = Placed(source, number, f"k{number % KEYS}")
-            receipt = await self.bus.publish(placed, idempotency_key=f"{source}-{number}", due=due)
+            receipt = await self.stored(self.bus.publish, placed, idempotency_key=f"{source}-{number}", due=due)
             say("A", receipt.id, source, number)
 
     async def rare(self, source: str) -> None:
@@ -260,23 +269,36 @@ class Publishers:
         await bus.resume("doomed")  # the kill may have come while it was paused
         async for number in self.numbers(source, 0.01):
             for draft in (Doomed(source, number), Hopeless()):
-                receipt = await bus.publish(draft)
+                receipt = await self.stored(bus.publish, draft)
                 say("A", receipt.id, source, number)
-            match number % 5:
-                case 0:
-                    await bus.cancel((await bus.publish(Never(), due=timedelta(hours=1))).id)
-                case 1:
-                    await bus.pause("doomed")
-                    await bus.resume("doomed")
-                case 2:
-                    await bus.dead_letters.redrive(subscription="doomed")
-                case 3:
-                    await bus.dead_letters.discard(subscription="hopeless")
-                case _:
-                    await bus.rewind("doomed", after=max(0, receipt.position or 0) // 2)
-                    if self.task.dispatch is True:
-                        with contextlib.suppress(LaneLost):  # another process has rewound it meanwhile
-                            await bus.replay(Doomed, after=max(0, receipt.position or 0) - 50, to="doomed")
+            await self.stored(self.meddle, number % 5, receipt.position or 0)
+
+    async def meddle(self, what: int, position: int) -> None:
+        """One of the things that are done now and then; each may be done twice."""
+        bus = self.bus
+        match what:
+            case 0:
+                await bus.cancel((await bus.publish(Never(), due=timedelta(hours=1))).id)
+            case 1:
+                await bus.pause("doomed")
+                await bus.resume("doomed")
+            case 2:
+                await bus.dead_letters.redrive(subscription="doomed")
+            case 3:
+                await bus.dead_letters.discard(subscription="hopeless")
+            case _:
+                await bus.rewind("doomed", after=position // 2)
+                if self.task.dispatch is True:
+                    with contextlib.suppress(LaneLost):  # another process has rewound it meanwhile
+                        await bus.replay(Doomed, after=max(0, position - 50), to="doomed")
+
+    async def stored(self, work: Callable[..., Awaitable[T]], *arguments: object, **named: object) -> T:
+        """Do something; again, where another process that is stopped, or hangs, has the turn to write: nothing was stored then."""
+        while True:
+            try:
+                return await work(*arguments, **named)
+            except StoreBusy:
+                say("Y")
 
     async def acknowledged(self, receipt: Receipt, source: str, number: int) -> None:
         """Say so, and wait for every fourth to be settled, so that handlers keep up."""

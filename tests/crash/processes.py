@@ -124,17 +124,19 @@ class Company(Round):
         return snapshot
 
     def wait_until_all_go_on(self) -> None:
-        """Each subscription is served, and each process that handles has its part."""
+        """Each subscription is served, and each process has its part: it handles something, or publishes if it handles nothing."""
         self.start_all()
         self.listen()
         deadline = time.monotonic() + PATIENCE
-        unserved, idle = {*TYPES}, {str(who) for who, role in enumerate(ROLES) if role}
+        unserved, idle = {*TYPES}, {str(who) for who in range(len(ROLES))}
         while (unserved or idle) and len(self.working) == len(ROLES) and time.monotonic() < deadline:
             time.sleep(0.01)
             self.look_for_ended()
-            ended = [line for line in self.listen() if line[0] == "E"]
+            fresh = self.listen()
+            ended = [line for line in fresh if line[0] == "E"]
             unserved -= {line[2] for line in ended}
             idle -= {line[-1] for line in ended}
+            idle -= {str(who) for who, role in enumerate(ROLES) if not role and said_by(who, fresh)}
         if unserved or idle:
             self.fault(f"after {PATIENCE:g} s not served: {unserved or 'none'}; with nothing to do: {idle or 'none'}")
 
@@ -156,6 +158,11 @@ class Company(Round):
         if not self.listed <= killed:
             self.fault(f"listed among the instances are {self.listed}, of whom only {killed} were killed")
         super().end()
+
+
+def said_by(who: int, lines: Sequence[Line]) -> bool:
+    """Whether something was acknowledged to a process."""
+    return any(line[0] == "A" and line[2].endswith(f".{who}") for line in lines)
 
 
 def wrong_since(before: Snapshot, fresh: Sequence[Line], excused: dict[int, dict[str, int]]) -> Iterator[str]:

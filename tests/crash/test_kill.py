@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.crash import at_points, campaign
 from tests.crash.failpoints import POINTS
 from tests.crash.nursery import Nursery
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """Where the programs come from that are killed."""
-    with Nursery() as nursery:
-        yield nursery
 
 
 @pytest.mark.parametrize("number", range(8))
