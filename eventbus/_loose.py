@@ -20,6 +20,7 @@ import msgspec
 from eventbus._intake import READ_AGAIN
 from eventbus._lanes import Lane
 from eventbus._outcomes import Attempt, Failure, conflict_of, death_of, summary_of
+from eventbus._retry import seconds_until
 from eventbus.stores.base import Events, EventsAt, LaneState, Page, Record, Unit, Waiting
 
 if TYPE_CHECKING:
@@ -227,7 +228,8 @@ class HeldSource:
             up_to = row.position if row.key is None else self._log.checkpoint
             held = Held(hold, row.position, up_to, row.attempt, row.first_failed_at)
             self._held[hold] = held
-            self._wait_until(held, row.due_at)
+            now = self._lane.environment.clock.time()
+            self._wait(held, seconds_until(row.due_at, row.first_failed_at, now))
 
     def passes(self, hold: Hold, position: int) -> bool:
         """Whether a key is held; if so, this event of it is held as well."""
@@ -310,7 +312,7 @@ class HeldSource:
         for held in self._held.values():
             if not held.active:
                 held.attempts, held.first_failed_at = 0, None
-                self._wait_until(held, 0.0)
+                self._wait(held, 0.0)
 
     # -------------------------------------------------------------- rows
 
@@ -323,7 +325,7 @@ class HeldSource:
         pause = error if failure.delay is None else None
         self._held[held.hold] = held
         self._rest(held)
-        self._wait_until(held, due_at)
+        self._wait(held, failure.delay or 0.0)
         if source == "log":
             lane.send("log", held.row, rows=(waiting,), pause=pause)
         else:
@@ -371,9 +373,9 @@ class HeldSource:
         held.backlog.clear()
         held.read_to = 0
 
-    def _wait_until(self, held: Held, due_at: float) -> None:
+    def _wait(self, held: Held, seconds: float) -> None:
         environment = self._lane.environment
-        due = environment.clock.monotonic() + max(0.0, due_at - environment.clock.time())
+        due = environment.clock.monotonic() + seconds
         heapq.heappush(self._due, (due, next(self._tie), held))
         environment.timers.at(due, self._lane.wake)
 

@@ -117,3 +117,12 @@ def _grown(first: float, factor: float, times: int) -> float:
         return first * float(factor) ** times
     except OverflowError:  # floats end at 1e308, reached after 646 attempts with the default factor
         return math.inf if first else 0.0
+
+
+def seconds_until(due_at: float, since: float | None, now: float) -> float:
+    """How long to wait for an attempt that is stored as due at `due_at`, where it was put off at `since` or later.
+
+    Where the clock has been set back since then, it is no longer than the wait was from `since` on: a lane must not stand still
+    for the ten years by which a clock was wrong. Without `since`, nothing has failed: it is due.
+    """
+    return 0.0 if since is None else max(0.0, due_at - max(now, since))

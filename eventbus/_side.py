@@ -18,6 +18,7 @@ import msgspec
 
 from eventbus._lanes import Lane
 from eventbus._outcomes import Attempt, Failure, conflict_of, death_of
+from eventbus._retry import seconds_until
 from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, Record
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Redriver:
         self._lane_is_coming = False
         self._sources: dict[Lane, SideSource] = {}
         self._known: dict[int, Lane | None] = {}
-        self._later: dict[int, float] = {}  # those that wait for another attempt; unix seconds
+        self._later: dict[int, float] = {}  # those that wait for another attempt; monotonic
         self._skipped = 0  # … that were read, and are of lanes that give nothing out
         self._after = 0
         self._reading = False
@@ -258,16 +259,18 @@ class Redriver:
             self._read()
         self.changed()
 
-    def _deliver(self, row: DeadLetterRow) -> None:
+    def _deliver(self, row: DeadLetterRow, *, due: bool = False) -> None:
         lane = self._lane_of(row.record)
         if lane is None and self._want_lane(row.record.type):
             self._lane_is_coming = True
             return
         if lane is None:
             return  # another instance has it, or will have
-        if row.attempt and row.due_at is not None and row.due_at > self._environment.clock.time():
-            self._wait(row.id, row.due_at)
-            return
+        if row.attempt and row.due_at is not None and not due:
+            seconds = seconds_until(row.due_at, row.death.last_failed_at, self._environment.clock.time())
+            if seconds:
+                self._wait(row.id, seconds)
+                return
         if lane.gives_nothing():
             self._skipped += 1
             return
@@ -285,7 +288,7 @@ class Redriver:
         """
         self._known.pop(letter, None)
         if due_at is not None:
-            self._wait(letter, due_at)
+            self._wait(letter, due_at - self._environment.clock.time())
         elif self._reading:
             self._ended.add(letter)
         if self.idle or self.hindered:
@@ -295,13 +298,13 @@ class Redriver:
 
     # -------------------------------------------------------------- those that wait for another attempt
 
-    def _wait(self, letter: int, due_at: float) -> None:
-        clock = self._environment.clock
+    def _wait(self, letter: int, seconds: float) -> None:
+        due_at = self._environment.clock.monotonic() + max(0.0, seconds)
         self._later[letter] = due_at
-        self._environment.timers.at(clock.monotonic() + max(0.0, due_at - clock.time()), self._look_for_due)
+        self._environment.timers.at(due_at, self._look_for_due)
 
     def _look_for_due(self) -> None:
-        now = self._environment.clock.time()
+        now = self._environment.clock.monotonic()
         due = [letter for letter, due_at in self._later.items() if due_at <= now]
         for start in range(0, len(due), _PAGE):
             ids = tuple(due[start : start + _PAGE])
@@ -317,8 +320,8 @@ class Redriver:
         if isinstance(rows, BaseException):
             _log.error("the dead letters being redriven could not be read: %s", rows)
             for letter in ids:
-                self._wait(letter, self._environment.clock.time() + 1.0)
+                self._wait(letter, 1.0)
             return
         for row in rows:
-            self._deliver(row)
+            self._deliver(row, due=True)
         self.changed()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from eventbus._lanes import Lane
 from eventbus._outcomes import Attempt, Failure, conflict_of, death_of, summary_of
+from eventbus._retry import seconds_until
 from eventbus.stores.base import LaneState, Record, Unit
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class StrictSource:
         self._current: list[Record] = []  # given out and not settled; more than one only within one crossing into a thread
         self._next: Record | None = None  # waits for another attempt
         if state.due_at is not None:
-            self._wait_until(state.due_at)
+            now = lane.environment.clock.time()
+            self._wait(seconds_until(state.due_at, state.first_failed_at, now))
 
     @property
     def checkpoint(self) -> int:
@@ -81,7 +83,7 @@ class StrictSource:
         self._put_first(attempt.record)
         self._attempts, self._first_failed_at = attempt.number, first
         due_at = failure.now + (failure.delay or 0.0)
-        self._wait_until(due_at)
+        self._wait(failure.delay or 0.0)
         reason = None if failure.delay is not None else summary_of(failure.error)
         lane.send(
             "log",
@@ -136,8 +138,7 @@ class StrictSource:
         self._checkpoint = attempt.record.position
         self._attempts, self._due, self._first_failed_at = 0, 0.0, None
 
-    def _wait_until(self, due_at: float) -> None:
+    def _wait(self, seconds: float) -> None:
         environment = self._lane.environment
-        delay = max(0.0, due_at - environment.clock.time())
-        self._due = environment.clock.monotonic() + delay
+        self._due = environment.clock.monotonic() + seconds
         environment.timers.at(self._due, self._lane.wake)

@@ -13,7 +13,7 @@ import pytest
 
 from eventbus import ConfigurationError, DeadLetter, Delivery, EventBus, Reject, RetryPolicy, UnknownEvent, event
 from eventbus.stores.base import Order
-from tests.bus.support import NO_RETRY, Later, Recorder, hold_up_first_crossing
+from tests.bus.support import NO_RETRY, Later, MovableClock, Recorder, hold_up_first_crossing
 
 ORDERS: list[Order] = ["type", "log", "key", "none"]
 
@@ -537,3 +537,28 @@ async def test_drain_does_not_wait_for_redrives_of_a_blocked_lane(db: str) -> No
         go_on.set()
         assert await drained.wait_for(1) == [{"s": 2}]
         assert sorted(recorder.seen) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_a_clock_that_is_set_back_does_not_put_a_redrive_off(db: str, order: Order) -> None:
+    """What waits in a redrive for another attempt waits no longer because the time of day jumps back meanwhile."""
+    clock, seen = MovableClock(), Recorder()
+    bus = EventBus(db, clock=clock)
+
+    @bus.subscribe(Sold, name="s", order=order, retry=RetryPolicy(attempts=2, first=0.2, jitter=0.0))
+    async def handler(_sold: Sold) -> None:
+        seen.add(len(seen.seen) + 1)
+        if len(seen.seen) <= 3:
+            raise ValueError("no")
+
+    async with bus:
+        await bus.publish(Sold("a"))
+        assert await bus.drain(5) == {}
+        await bus.dead_letters.redrive(subscription="s")
+        assert bus._running is not None
+        while not bus._running.dispatcher.servings["s"].redriver._later:
+            await anyio.lowlevel.checkpoint()
+        clock.move(timedelta(hours=-1))
+        assert await seen.wait_for(4) == [1, 2, 3, 4]
+        assert await bus.drain(5) == {}
+        assert await bus.dead_letters.list() == []

@@ -244,6 +244,20 @@ async def test_due_times_are_not_skipped_by_a_restart(db: str, order: Order) -> 
 
 
 @pytest.mark.parametrize("order", ORDERS)
+async def test_a_clock_that_was_set_back_does_not_put_retries_off(db: str, order: Order) -> None:
+    """After a restart with the clock ten years back, what waits for another attempt waits no longer than it was to."""
+    retry = RetryPolicy(attempts=3, first=0.5, cap=0.5, jitter=0.0)
+    bus, first, failures = failing_bus(db, retry, raising(ValueError("no")), order=order)
+    async with bus:
+        await bus.publish(Job("a", 1))
+        await failures.wait_for(1)
+    bus, later, _ = failing_bus(db, retry, lambda _: None, order=order, clock=Later(-10 * 365 * 86_400))
+    async with bus:
+        assert await bus.drain(timeout=5) == {}
+    assert (first.seen, later.seen) == ([(1, 1)], [(1, 2)])
+
+
+@pytest.mark.parametrize("order", ORDERS)
 async def test_the_first_failure_is_remembered_over_a_restart(db: str, order: Order) -> None:
     """A dead letter says when its delivery failed first, also if that was in another process's life."""
     retry = RetryPolicy(attempts=2, first=3_600.0, cap=3_600.0, jitter=0.0)

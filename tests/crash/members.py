@@ -35,7 +35,7 @@ from typing import Any, Self, TypeVar
 import anyio
 import attrs
 
-from eventbus import EventBus, StoreBusy, event
+from eventbus import EventBus, Reject, StoreBusy, event
 from eventbus.stores import sqlite
 from eventbus.stores.base import Batch, Committed
 from eventbus.stores.sqlite import SQLiteStore
@@ -133,7 +133,8 @@ class Members:
 
         Args:
             options: those of its subscription (order, concurrency), and: slow, seconds that a handler takes; slow_disk, seconds
-                that each transaction takes; busy, seconds after which a turn to write is given up; buses, how many it has.
+                that each transaction takes; busy, seconds after which a turn to write is given up; buses, how many it has;
+                fails, whether a handler fails that was stopped.
         """
         path = self._folder / f"to-{name}"
         os.mkfifo(path)
@@ -150,6 +151,11 @@ class Members:
         if wait:
             self.wait_for("open", who=name)
         return member
+
+    def dead(self) -> int:
+        """How many dead letters there are; nobody may have the file open."""
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            return int(connection.execute("SELECT count(*) FROM dead_letters").fetchone()[0])
 
     def paid(self) -> list[tuple[int, str]]:
         """What the handlers' attempts have published, by whom, as it is in the file; nobody may have that open."""
@@ -239,6 +245,8 @@ class _Program:
             if self.freeze:
                 self.freeze = False
                 os.kill(os.getpid(), signal.SIGSTOP)
+                if self.task.options.get("fails"):
+                    raise Reject("it was stopped")
             await anyio.sleep(self.task.options.get("slow", 0.0))
             self.say("handled", placed.n)
             return Paid(placed.n, self.task.mode)

@@ -42,6 +42,23 @@ def test_a_process_that_is_stopped_in_a_handler(members: Members) -> None:
     assert [n for n, _ in paid] == list(range(11))
 
 
+def test_a_process_that_was_stopped_and_fails(members: Members) -> None:
+    """Its failure counts for nothing while another, to whom the lane has gone, is handling the event."""
+    one = members.start("one", lease=0.5, fails=True)
+    one.tell("freeze", "handler")
+    one.tell("publish", 0, 1)
+    members.wait_for("begun")
+    two = members.start("two", lease=0.5, slow=1.0)
+    members.wait_for("begun", who="two")
+    os.kill(one.pid, signal.SIGCONT)
+    members.wait_for("handled", who="two")
+    two.tell("drain")
+    assert members.wait_for("drained")[0].value == 0
+    one.leave()
+    two.leave()
+    assert (members.paid(), members.dead()) == ([(0, "two")], 0)
+
+
 def test_a_process_that_is_stopped_while_it_has_the_turn_to_write(members: Members) -> None:
     """Nobody can write until it goes on; they are told whose turn it is, that nothing was stored, and all of it goes on then."""
     one = members.start("one", lease=0.5, busy=0.3)
