@@ -61,6 +61,7 @@ PARTS: Sequence[Part] = (
     Part("SIGKILL at random moments, 1 process", "kills", 10_000, "tests.crash.campaign", 2.0),
     Part("SIGKILL at random moments, 4 processes", "kills", 10_000, "tests.crash.processes", 2.0),
     Part("SIGSTOP past the lease", "stops", 500, "tests.crash.stops"),
+    Part("wall-clock jumps", "jumps", 500, "tests.crash.jumps", 0.2),
     Part("SIGKILL at every fail point", "kills", 5_000, "tests.crash.at_points"),
 )
 

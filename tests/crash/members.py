@@ -134,6 +134,7 @@ class Members:
         Args:
             options: those of its subscription (order, concurrency), and: slow, seconds that a handler takes; slow_disk, seconds
                 that each transaction takes; busy, seconds after which a turn to write is given up; buses, how many it has;
+                at, when it is to open;
                 fails, whether a handler fails that was stopped.
         """
         path = self._folder / f"to-{name}"
@@ -223,6 +224,7 @@ class _Program:
 
     async def run(self) -> None:
         options = self.task.options
+        await anyio.sleep(max(0.0, options.get("at", 0.0) - time.monotonic()))
         sqlite.BUSY_TIMEOUT = int(1000 * options.get("busy", 5.0))  # type: ignore[attr-defined]
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(options.get("buses", 1)):

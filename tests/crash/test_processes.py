@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eventbus.stores import _sqlite_schema
 from tests.crash import processes
 from tests.crash.members import Members
 from tests.crash.nursery import Nursery
@@ -106,3 +111,31 @@ def test_a_rolling_deployment(members: Members) -> None:
     for key in range(16):
         of_key = [n for n in handled if n % 16 == key and n < 200]
         assert of_key == sorted(of_key)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_four_start_at_the_same_instant(tmp_path: Path, nursery: Nursery, version: int) -> None:
+    """On a file that is not there yet, or whose tables are of the first version: one of them makes the tables, all of them work."""
+    for number in range(10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with Members(folder, nursery, ("asyncio", "trio")[number % 2]) as members:
+            if version:
+                make_first_version(members.database)
+            at = time.monotonic() + 0.05
+            four = [members.start(name, wait=False, at=at, order="key", concurrency=4) for name in "abcd"]
+            members.wait_for("open", 4)
+            for first, member in enumerate(four):
+                member.tell("publish", 4 * first, 4)
+            assert sorted(said.value for said in members.wait_for("handled", 16)) == list(range(16))
+
+
+def make_first_version(database: Path) -> None:
+    """A file as the first version of the tables left it."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        for statement in _sqlite_schema._FIRST:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {_sqlite_schema.APPLICATION_ID}")
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute("CREATE TABLE _sqlite_migrations (migration_set TEXT, name TEXT, applied_at TEXT)")
+        connection.execute("INSERT INTO _sqlite_migrations VALUES ('eventbus', '0001_first', '')")
