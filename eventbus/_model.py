@@ -107,7 +107,7 @@ class Receipt(msgspec.Struct, frozen=True, eq=False, weakref=True):
 
         Raises:
             HandlingFailed: a subscription has dead-lettered it; or, at once, a subscription will not handle it for now: it is
-                paused, has no handler here, or waits for the very handler that calls this.
+                paused, has a handler in no process that is alive, or waits for the very handler that calls this.
             WaitTimeout: it took longer than `timeout` (also a `TimeoutError`). The work goes on.
         """
         await self._handled(self._record, self, timeout)

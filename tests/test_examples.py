@@ -37,6 +37,12 @@ def test_the_quickstart_runs_twice_on_one_file(tmp_path: Path) -> None:
     assert f"4 events in {file}" in good(run_example("quickstart.py", file))
 
 
+def test_a_worker_is_killed_and_another_goes_on(tmp_path: Path) -> None:
+    """What one process publishes, another handles, also when that is killed meanwhile."""
+    said = good(run_example("two_processes.py", str(tmp_path / "shop.db"))).splitlines()
+    assert said == ["handled by a worker: o-0", "killed, started again, and handled: o-1 to o-100"]
+
+
 @with_data
 def test_the_webhooks_of_github_come_out_as_they_went_in() -> None:
     """All of them are handled, retried and dead-lettered as counted without the bus."""
