@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from eventbus._breaker import Breaker
 from eventbus._clock import Clock, SystemClock
 from eventbus._codec import Codec, JSONCodec
 from eventbus._dead_letters import DeadLetters
@@ -145,6 +146,7 @@ class EventBus:
         timeout: float | None = 60.0,
         start: Start = "now",
         replay: bool = True,
+        breaker: Breaker | None = Breaker(),
     ) -> On[E1 | E2 | E3 | E4 | E5 | E6 | E7 | E8]:
         """Tie a handler to event types, durably; a decorator that returns the function unchanged.
 
@@ -163,6 +165,7 @@ class EventBus:
                 waits until it returns.
             start: where a *new* subscription begins: "now", "beginning", an aware datetime, or a position (after it).
             replay: whether `bus.replay` delivers to it.
+            breaker: when it is held back because everything fails; None: never.
 
         Raises:
             InvalidSubscription: the handler or an option cannot work.
@@ -186,6 +189,7 @@ class EventBus:
                     timeout=timeout,
                     start=start,
                     replay=replay,
+                    breaker=breaker,
                 )
             )
             return handler

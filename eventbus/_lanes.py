@@ -24,6 +24,7 @@ from eventbus.stores.base import LaneState, Record, Refusal, Unit
 from eventbus.stores.base import Source as SourceName
 
 if TYPE_CHECKING:
+    from eventbus._circuit import Circuit
     from eventbus._clock import Clock
     from eventbus._journal import Journal
     from eventbus._loop import Loop, Waiter
@@ -46,7 +47,7 @@ class Holder(Protocol):
     """The subscription that a lane belongs to.
 
     Attributes:
-        paused: the reason, or None.
+        paused: the reason, or None. circuit: its breaker's, or None.
         rewinding: its lanes are being set back, so their units may be refused.
         stuck: threads that have outlived their timeout. workers: how many serve it. delayed: lanes that wait for one of them.
         handled, failed: attempts that have ended so.
@@ -54,6 +55,7 @@ class Holder(Protocol):
 
     options: Subscription
     paused: str | None
+    circuit: Circuit | None
     rewinding: bool
     stuck: int
     workers: int
@@ -87,8 +89,8 @@ class Environment(msgspec.Struct, eq=False):
 
     Attributes:
         halted: outcomes cannot be written for now, or never again: start no further attempt.
-        lease_clock: the store's; see `Store.monotonic`. deadline: the end of this instance's lease by it: from then on the lanes
-            may be another's.
+        instance: id of this one. lease_clock: the store's; see `Store.monotonic`. deadline: the end of this instance's lease by
+            it: from then on the lanes may be another's.
         committed: told of all events that enter the log. solo: which lane must be alone; see `_probation`.
     """
 
@@ -101,6 +103,7 @@ class Environment(msgspec.Struct, eq=False):
     schedule: Callable[[Lane], object]
     notify: Callable[[Moment], object]
     lease_clock: Callable[[], float]
+    instance: str
     committed: list[Callable[[Sequence[Record]], object]] = []
     scheduled: Callable[[float], object] = lambda _due_at: None
     fenced: Callable[[Lane], object] = lambda lane: lane.move()
@@ -175,6 +178,9 @@ class Lane:
             return None
         sources = self.sources
         attempt = sources[0].take() if len(sources) == 1 else self._take_turns()
+        circuit = self.holder.circuit
+        if circuit is not None and circuit.is_open:
+            circuit.given_out(self, attempt)
         if attempt is not None:
             attempt.epoch = self.epoch
             self.running += 1
@@ -187,11 +193,16 @@ class Lane:
             return True
         if environment.solo is not None and environment.solo.holder not in (None, self):
             return True
+        if holder.circuit is not None and not holder.circuit.lets(self):
+            return True
         return self.retiring or environment.lease_clock() >= environment.deadline
 
     def take_more(self, limit: int) -> list[Attempt]:
         """Further first attempts from the log, after one from there, for one crossing into a thread."""
-        limit = min(limit, AHEAD - (self._serial - self._confirmed)) if self.probation is None else 0
+        circuit = self.holder.circuit
+        if self.probation is not None or (circuit is not None and circuit.is_open):
+            return []
+        limit = min(limit, AHEAD - (self._serial - self._confirmed))
         more: list[Attempt] = []
         while len(more) < limit and len(self.sources) == 1 and (attempt := self.log.take()) is not None:
             if attempt.number > 1:
@@ -221,14 +232,26 @@ class Lane:
         self.rested()
         if attempt.epoch != self.epoch and attempt.source not in self.sources:
             return  # the lane was rewound meanwhile: the event comes again
+        circuit = self.holder.circuit
         if isinstance(outcome, Acked):
             self.holder.handled += 1
             attempt.source.acked(attempt, outcome.published)
+            if circuit is not None and circuit.troubled:
+                circuit.succeeded()
         elif isinstance(outcome, Failed):
             self.holder.failed += 1
-            attempt.source.failed(self._failure(attempt, outcome))
+            wait = None if circuit is None else circuit.failed(attempt, outcome)
+            if wait is None:
+                attempt.source.failed(self._failure(attempt, outcome))
+            elif not wait:
+                attempt.source.given_back(attempt)
+            else:
+                attempt.number -= 1
+                attempt.source.failed(Failure(attempt, outcome.error, wait, final=False, now=self.environment.clock.time()))
         else:
             attempt.source.given_back(attempt)
+            if circuit is not None:
+                circuit.released(attempt)
         if isinstance(outcome, Undeliverable) and self.blocked is None:
             self.blocked = outcome.reason
             _log.error("%s: the lane %r waits: %s", self.holder.options.name, self.name, outcome.reason)

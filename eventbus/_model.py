@@ -222,7 +222,7 @@ class ReplaySummary:
     dry_run: bool = False
 
 
-SubscriptionState = Literal["running", "paused", "no handler", "not dispatched here", "blocked"]
+SubscriptionState = Literal["running", "paused", "no handler", "not dispatched here", "blocked", "circuit open"]
 
 
 @attrs.frozen

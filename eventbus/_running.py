@@ -98,9 +98,9 @@ class Running:
             self._schedule,
             lambda moment: notify(settings.hooks, moment),
             store.monotonic,
+            self.instance.id,
         )
         self.dispatcher = Dispatcher(self.environment, self.decoder, self.encoder, Budget(WAITING_BYTES))
-        self.dispatcher.instance = self.instance.id
         self.environment.solo = Solo(self.dispatcher.lanes, self.timers)
         self.pool = Pool(self.environment, settings.workers, "eventbus", handler_context())
         self.upkeep = Upkeep(self.dispatcher, self.journal, self.reader, settings.keeping)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from eventbus._circuit import Circuit
 from eventbus._intake import Budget, Feed, Intake
 from eventbus._lanes import Lane
 from eventbus._loose import HeldSource, LooseSource
@@ -32,6 +33,7 @@ from eventbus.stores.base import (
     Serves,
     Subscribed,
     WaitingRow,
+    WaitingRows,
     lane_name,
     since_of,
     slots_of,
@@ -64,6 +66,13 @@ class Serving:
         self.paused = stored.paused
         self.pauses = 0
         """How often it was paused or resumed here."""
+        breaker = options.breaker
+        self.circuit = None
+        if breaker is not None:
+            in_turn = options.order in ("key", "none")
+            lanes = lambda: list(self.lanes.values())  # noqa: E731  # as they are then
+            self.circuit = Circuit(options.name, breaker, dispatcher.environment, lanes, in_turn=in_turn)
+            self.circuit.restarted = self._was_set_back
         self._cannot: set[str] = set()  # lanes with events that cannot be decoded here
         self._starts: dict[str, float] = {}
         self.lanes: dict[str, Lane] = {}
@@ -171,14 +180,33 @@ class Serving:
         since = {name: min(start, after) for name, start in self.since.items()}
         floors = tuple(floor.down_to(after) for floor in self.stored.floors)
         self.follow(msgspec.structs.replace(self.stored, since=since, floors=floors))
+        self._restart(states, rows)
+        self.redriver.kick()  # a redrive whose outcome was left out with the others is made again
+
+    def _was_set_back(self, states: Sequence[LaneState]) -> None:
+        """Some of its lanes have been set back; they begin again when it is read what waits in them."""
+        if not states:
+            return
+        self._dispatcher.environment.reader.ask_then(WaitingRows(self.options.name), lambda rows: self._begin_again(states, rows))
+
+    def _begin_again(self, states: Sequence[LaneState], rows: Sequence[WaitingRow] | BaseException) -> None:
+        environment = self._dispatcher.environment
+        if isinstance(rows, BaseException):
+            _log.error("%s: it could not be read what waits, trying again: %s", self.options.name, rows)
+            again = WaitingRows(self.options.name)
+            environment.timers.after(1.0, lambda: environment.reader.ask_then(again, lambda r: self._begin_again(states, r)))
+            return
+        self._restart(states, rows)
+
+    def _restart(self, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
         for state in states:
             lane = self.lanes.get(state.lane)
-            if lane is not None:
+            if lane is not None and lane.epoch < state.epoch:
                 intake = lane.log.intake
                 intake.reset(state.checkpoint)
                 lane.restart(state, *self._sources(lane, intake, state, rows))
                 intake.feed.read()
-        self.redriver.kick()  # a redrive whose outcome was left out with the others is made again
+                lane.wake()
 
     def lane_of(self, record: Record) -> Lane | None:
         """The lane that an event of it belongs to."""
@@ -283,6 +311,8 @@ class Serving:
         """Give out deliveries again; what waits starts at attempt 1."""
         self.paused = None
         self.pauses += 1
+        if self.circuit is not None:
+            self.circuit.close()
         for lane in self.lanes.values():
             lane.log.retry_now()
             lane.wake()

@@ -194,6 +194,8 @@ class Status:
         if serving is None:
             dispatched = self._dispatcher.others.get(stored.name, (stored, "no handler"))[1]
             return ("not dispatched here", None) if dispatched == "not dispatched here" else ("no handler", None)
+        if serving.circuit is not None and serving.circuit.is_open:
+            return "circuit open", f"{serving.circuit.reason}; tried again at {to_datetime(serving.circuit.due):%H:%M:%S} UTC"
         if serving.waits_for is not None:
             return "blocked", serving.waits_for
         blocked = next((lane.blocked for lane in serving.lanes.values() if lane.blocked is not None), None)

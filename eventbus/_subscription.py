@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn, TypeGuard, get_args
 
 import msgspec
 
+from eventbus._breaker import Breaker
 from eventbus._retry import RetryPolicy
 from eventbus.errors import InvalidSubscription, NotSupported
 from eventbus.stores.base import LARGEST, Order
@@ -56,6 +57,7 @@ class Subscription(msgspec.Struct, frozen=True, eq=False):
     timeout: float | None
     start: Start
     replay: bool
+    breaker: Breaker | None
     is_async: bool
     takes_delivery: bool
 
@@ -77,6 +79,7 @@ def subscription_of(
     timeout: float | None,
     start: Start,
     replay: bool,
+    breaker: Breaker | None,
 ) -> Subscription:
     """Check everything that can be checked without a bus or a store.
 
@@ -94,6 +97,8 @@ def subscription_of(
     _check_on_exhausted(say, on_exhausted, order)
     _check_timeout(say, timeout)
     _check_start(say, start)
+    if breaker is not None and not isinstance(breaker, Breaker):
+        say(f"breaker={breaker!r}; expected a Breaker, such as Breaker(failures=20), or None for no breaker")
     if not isinstance(replay, bool):
         say(f"replay={replay!r}; expected True or False")
     return Subscription(
@@ -108,6 +113,7 @@ def subscription_of(
         timeout=None if timeout is None else float(timeout),
         start=start,
         replay=replay,
+        breaker=breaker,
         is_async=_is_async(say, handler),
         takes_delivery=_takes_delivery(say, handler),
     )

@@ -132,7 +132,8 @@ class Waiting:
     async def drain(self, timeout: float | None) -> Mapping[str, int]:
         """See `EventBus.drain`."""
         # What others have published need not have been noticed yet.
-        head = max(self._dispatcher.head, (await self._reader.ask(LogState())).head)
+        stored = (await self._reader.ask(LogState())).head
+        head = max(stored, self._dispatcher.head)  # what comes after it is followed from here on
         cascade = Cascade(head)
         committed = self._dispatcher.environment.committed
         committed.append(cascade.follow)

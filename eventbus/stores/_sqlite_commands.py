@@ -19,6 +19,7 @@ from eventbus.stores._sqlite_members import Lives, beat, claim, mark, release
 from eventbus.stores._sqlite_prune import prune
 from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, subscriptions
 from eventbus.stores._sqlite_register import Registering
+from eventbus.stores._sqlite_revive import revive
 from eventbus.stores._sqlite_rows import EventRow, event_json, one, record_of, to_micros
 from eventbus.stores._sqlite_units import write_lanes
 from eventbus.stores.base import (
@@ -36,6 +37,7 @@ from eventbus.stores.base import (
     Redrive,
     Register,
     Release,
+    Revive,
     Rewind,
     Subscribed,
     Unsubscribe,
@@ -155,6 +157,10 @@ class Commands:
             write_lanes(self._connection, rewound)
         return rewound
 
+    def revive(self, command: Revive) -> tuple[LaneState, ...]:
+        """See `Revive`."""
+        return revive(self._connection, command, self._now)
+
     # -------------------------------------------------------------- scheduled events
 
     def promote(self, command: Promote) -> float | None:
@@ -229,6 +235,7 @@ _DO: Mapping[type, Callable[[Commands, Any], object]] = {
     Release: Commands.release,
     Marking: Commands.mark,
     Rewind: Commands.rewind,
+    Revive: Commands.revive,
     Promote: Commands.promote,
     Cancel: Commands.cancel,
     Redrive: Commands.redrive,

@@ -152,7 +152,7 @@ class Outcomes:
         if self._gone:
             _remove_rows(connection, self._gone)
         if self._waiting:
-            _write_waiting(connection, self._waiting)
+            write_waiting(connection, self._waiting)
         # In order, since one dead letter may be deleted and come anew in one batch; what comes in a row is one statement.
         for kind, group in itertools.groupby(self._letters, key=lambda letter: letter[0]):
             _WRITE_LETTERS[kind](connection, [values for _, values in group])
@@ -170,7 +170,7 @@ def write_lanes(connection: sqlite3.Connection, lanes: Sequence[LaneState], owne
     execute_rows(connection, UPSERT_LANES, rows, KEEP_OWNER if owner is None else NEW_OWNER)
 
 
-def _write_waiting(connection: sqlite3.Connection, rows: Mapping[tuple[str, int], tuple[str, Waiting]]) -> None:
+def write_waiting(connection: sqlite3.Connection, rows: Mapping[tuple[str, int], tuple[str, Waiting]]) -> None:
     values = [waiting_values(subscription, lane, waiting) for (subscription, _), (lane, waiting) in rows.items()]
     execute_rows(connection, UPSERT_WAITING, values, ON_WAITING)
 

@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {
     "on_exhausted": "dead_letter",
     "timeout": 60.0,
     "start": "now",
-    "replay": True,
+    "replay": True, "breaker": None,
 }
 
 
