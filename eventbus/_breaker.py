@@ -57,9 +57,10 @@ class Breaker:
     cap: float = attrs.field(default=60.0, validator=_check_number)
     give_up: int | None = attrs.field(default=35, validator=_check_count)
 
-    def delay(self, failed: int) -> float:
-        """Seconds until the next try, after so many that have failed since the circuit opened."""
-        try:
-            return min(self.cap, self.first * self.factor**failed)
-        except OverflowError:
-            return self.cap
+
+def delay_of(breaker: Breaker, failed: int) -> float:
+    """Seconds until the next try, after so many that have failed since the circuit opened."""
+    try:
+        return min(breaker.cap, breaker.first * breaker.factor**failed)
+    except OverflowError:
+        return breaker.cap

@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 Name = str | Callable[..., Any]
 """A subscription: its name, or the handler."""
 
-_PRUNE_EVERY = 60.0
-
 
 class EventBus:
     """A durable event bus inside the program.
@@ -113,7 +111,7 @@ class EventBus:
         keeping = Keeping(
             None if retention is None else retention.total_seconds(),
             dedup_for.total_seconds(),
-            prune_every(retention, _PRUNE_EVERY),
+            prune_every(retention),
         )
         self._settings = Settings(
             name, workers, max_pending, max_event_bytes, lease, keeping, tuple(hooks), clock, codec, self._registry
@@ -391,7 +389,7 @@ class EventBus:
         """
         running = self._open()
         if exclusive:
-            raise NotSupported("exclusive replays are not there yet in this version; replay without exclusive=True")
+            raise NotSupported("exclusive replays are not there yet; replay without exclusive=True")
         if rate is not None:
             check_numbers(rate=rate)
         from eventbus._replay import Replay, targets_of  # noqa: PLC0415  # see `_start`

@@ -10,18 +10,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from eventbus._breaker import Breaker, delay_of
 from eventbus._outcomes import Attempt, Failed, summary_of
 from eventbus.errors import EventBusError, Reject, RetryAfter
 from eventbus.hooks import CircuitClosed, CircuitOpened
 from eventbus.stores.base import LaneState, Revive, Revived
 
 if TYPE_CHECKING:
-    from eventbus._breaker import Breaker
     from eventbus._lanes import Environment, Lane
+    from eventbus._subscription import Subscription
 
 _log = logging.getLogger("eventbus")
 
@@ -36,6 +37,22 @@ class _Entry(msgspec.Struct, frozen=True):
     attempts: int
 
 
+class Owner(Protocol):
+    """The subscription."""
+
+    options: Subscription
+    lanes: dict[str, Lane]
+
+    def begin_change(self) -> None:
+        """Its lanes are being set back: give out nothing until `end_change`."""
+
+    def end_change(self) -> None:
+        """See there."""
+
+    def was_set_back(self, states: Sequence[LaneState], done: Callable[[], object]) -> None:
+        """These lanes were; have them begin again, and call `done` then."""
+
+
 class Circuit:
     """One subscription's.
 
@@ -47,20 +64,19 @@ class Circuit:
         reason: what failed when it opened, or None while it is closed.
     """
 
-    def __init__(
-        self, name: str, breaker: Breaker, environment: Environment, lanes: Callable[[], Sequence[Lane]], *, in_turn: bool
-    ) -> None:
+    def __init__(self, owner: Owner, breaker: Breaker, environment: Environment, *, in_turn: bool) -> None:
         self.troubled = False
         self.reason: str | None = None
         self.due = 0.0
         """When it is tried next, unix seconds."""
-        self.restarted: Callable[[Sequence[LaneState]], object] = lambda _states: None
-        """Told how lanes stand after they were set back."""
-        self._name = name
+        self.at_rest = environment.loop.waiter()
+        """Set unless the store is taking something back."""
+        self.at_rest.set()
+        self._owner = owner
+        self._name = owner.options.name
         self._in_turn = in_turn
         self._breaker = breaker
         self._environment = environment
-        self._lanes = lanes
         self._run: dict[Key, _Entry] = {}
         self._tried: Counter[Key] = Counter()
         self._failed = 0  # tries since it opened
@@ -112,41 +128,42 @@ class Circuit:
         self._tried.clear()
         _log.error("%s: the circuit opens: %s", self._name, self.reason)
         environment.notify(CircuitOpened(self._name, self.reason))
-        for lane in self._lanes():
-            lane.recall()
+        self._owner.begin_change()
+        self.at_rest = environment.loop.waiter()
         opening, entries = self._opening, dict(self._run)
         self._run.clear()
-        # What was settled before must not be fenced by what is set back now.
-        self._submit(None, lambda _none: self._set_back(opening, entries))
+        for lane in self._owner.lanes.values():
+            lane.flush()
+        # What was settled before must not be fenced by what is set back now: that is another transaction.
+        self._submit((), lambda _none: self._set_back(opening, entries))
 
     def _set_back(self, opening: int, entries: dict[Key, _Entry]) -> None:
         by_key = sorted(entries.items(), key=lambda item: item[0][1])
-        revived = tuple(Revived(lane, position, entry.key, entry.attempts) for (lane, position), entry in by_key)
-        self._submit(Revive(self._environment.instance, self._name, revived), lambda states: self._was_set_back(opening, states))
+        revived = [Revived(lane, position, entry.key, entry.attempts) for (lane, position), entry in by_key]
+        self._submit(revived, lambda states: self._owner.was_set_back(states, lambda: self._was_set_back(opening)))
 
-    def _was_set_back(self, opening: int, states: Sequence[LaneState]) -> None:
-        self.restarted(states)
-        if self.is_open and opening == self._opening:
-            self._wait()
-
-    def _submit(self, command: Revive | None, then: Callable[[Sequence[LaneState]], object]) -> None:
-        def decided(result: object) -> None:
+    def _submit(self, revived: Sequence[Revived], then: Callable[[Sequence[LaneState]], object]) -> None:
+        def decided(result: tuple[LaneState, ...] | Exception) -> None:
             if isinstance(result, Exception):
                 _log.error("%s: what has failed could not be set back: %s", self._name, result)
-                then(())
-            else:
-                then(result)  # type: ignore[arg-type]  # the result of its command
+                result = ()
+            then(result)
 
-        journal = self._environment.journal
         try:
-            journal.submit(command or Revive(self._environment.instance, self._name, ()), decided)
-        except EventBusError:
-            _log.debug("the bus is closing: the circuit of %s stays as it is", self._name)
+            self._environment.journal.submit(Revive(self._environment.instance, self._name, tuple(revived)), decided)
+        except EventBusError as error:
+            decided(error)
+
+    def _was_set_back(self, opening: int) -> None:
+        self.at_rest.set()
+        self._owner.end_change()
+        if self.is_open and opening == self._opening:
+            self._wait()
 
     # -------------------------------------------------------------- while it is open
 
     def _wait(self) -> None:
-        delay = self._breaker.delay(self._failed)
+        delay = delay_of(self._breaker, self._failed)
         self.due = self._environment.clock.time() + delay
         opening = self._opening
         self._environment.timers.after(delay, lambda: self._look(opening))
@@ -155,7 +172,7 @@ class Circuit:
         """Let one attempt through."""
         if self.is_open and opening == self._opening and not self._ready and self._try is None:
             self._ready = True
-            lanes = list(self._lanes())
+            lanes = list(self._owner.lanes.values())
             at = self._failed % len(lanes) if lanes else 0
             self._turn = lanes[at:] + lanes[:at]
             self._ask_next()
@@ -164,7 +181,7 @@ class Circuit:
         if self._turn:
             self._turn[0].wake()
         else:
-            for lane in self._lanes():  # nothing is there: whoever has something first
+            for lane in self._owner.lanes.values():  # nothing is there: whoever has something first
                 lane.wake()
 
     def lets(self, lane: Lane) -> bool:
@@ -192,7 +209,7 @@ class Circuit:
             return None
         self._wait()
         in_turn = self._in_turn and not attempt.source.beside
-        return 2 * self._breaker.delay(self._failed) if in_turn else 0.0
+        return 2 * delay_of(self._breaker, self._failed) if in_turn else 0.0
 
     def _lapse(self, attempt: Attempt) -> None:
         """The try said nothing of the world: another one at once."""
@@ -212,5 +229,5 @@ class Circuit:
         seconds = self._environment.clock.monotonic() - self._since
         _log.warning("%s: the circuit closes again, after %.1f s", self._name, seconds)
         self._environment.notify(CircuitClosed(self._name, seconds))
-        for lane in self._lanes():
+        for lane in self._owner.lanes.values():
             lane.wake()

@@ -48,7 +48,7 @@ class Holder(Protocol):
 
     Attributes:
         paused: the reason, or None. circuit: its breaker's, or None.
-        rewinding: its lanes are being set back, so their units may be refused.
+        rewinding: above 0 while its lanes are being set back, so that their units may be refused.
         stuck: threads that have outlived their timeout. workers: how many serve it. delayed: lanes that wait for one of them.
         handled, failed: attempts that have ended so.
     """
@@ -56,7 +56,7 @@ class Holder(Protocol):
     options: Subscription
     paused: str | None
     circuit: Circuit | None
-    rewinding: bool
+    rewinding: int
     stuck: int
     workers: int
     delayed: list[Lane]

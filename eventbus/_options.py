@@ -98,7 +98,7 @@ def key_of(key: object) -> str:
     return text
 
 
-def prune_every(retention: timedelta | None, most: float) -> float:
+def prune_every(retention: timedelta | None, most: float = 60.0) -> float:
     """Seconds between two applications of the retention: half of it, at least 0.5 s and at most `most`."""
     return most if retention is None else min(most, max(0.5, retention.total_seconds() / 2))
 

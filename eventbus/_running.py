@@ -213,6 +213,9 @@ class Running:
     async def _stop(self, timeout: float) -> None:
         try:
             await self.pool.stop(timeout)
+            for serving in self.dispatcher.servings.values():
+                if serving.circuit is not None:
+                    await serving.circuit.at_rest.wait()
             self.dispatcher.close()
             self.elsewhere.stepped()
             self._interrupt_replays()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from eventbus._circuit import Circuit
-from eventbus._intake import Budget, Feed, Intake
+from eventbus._intake import READ_AGAIN, Budget, Feed, Intake
 from eventbus._lanes import Lane
 from eventbus._loose import HeldSource, LooseSource
 from eventbus._model import Delivery, Draft
@@ -70,15 +70,13 @@ class Serving:
         self.circuit = None
         if breaker is not None:
             in_turn = options.order in ("key", "none")
-            lanes = lambda: list(self.lanes.values())  # noqa: E731  # as they are then
-            self.circuit = Circuit(options.name, breaker, dispatcher.environment, lanes, in_turn=in_turn)
-            self.circuit.restarted = self._was_set_back
+            self.circuit = Circuit(self, breaker, dispatcher.environment, in_turn=in_turn)
         self._cannot: set[str] = set()  # lanes with events that cannot be decoded here
         self._starts: dict[str, float] = {}
         self.lanes: dict[str, Lane] = {}
         self.claiming: set[str] = set()  # lanes that the store is asked for
         self.feeds: dict[str, Feed] = {}  # by lane for order "type", one for all lanes otherwise
-        self.rewinding = False
+        self.rewinding = 0
         self.closed = False
         self.stuck = 0
         self.workers = 0
@@ -95,7 +93,7 @@ class Serving:
         The events of these must not be passed by, so the lane waits at them.
         """
         knows = self._dispatcher.decoder.knows
-        declared = self.registration.types
+        declared = tuple(t for t in self.registration.types if t in stored.since)  # others are about to join
         return (*declared, *(t for t in stored.derived if t not in declared and not knows(t)))
 
     def wants(self, type: str) -> bool:
@@ -165,15 +163,23 @@ class Serving:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Its lanes are being set back, or removed, in the store: give out nothing until that is done."""
-        self.rewinding = True
-        for lane in self.lanes.values():
-            lane.recall()
+        self.begin_change()
         try:
             yield
         finally:
-            self.rewinding = False
-            for lane in self.lanes.values():
-                lane.wake()
+            self.end_change()
+
+    def begin_change(self) -> None:
+        """See `changing`."""
+        self.rewinding += 1
+        for lane in self.lanes.values():
+            lane.recall()
+
+    def end_change(self) -> None:
+        """See `changing`."""
+        self.rewinding -= 1
+        for lane in self.lanes.values():
+            lane.wake()
 
     def rewound(self, after: int, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
         """Its lanes have been set back, these rows are left; what they were doing does not count any more."""
@@ -183,20 +189,19 @@ class Serving:
         self._restart(states, rows)
         self.redriver.kick()  # a redrive whose outcome was left out with the others is made again
 
-    def _was_set_back(self, states: Sequence[LaneState]) -> None:
+    def was_set_back(self, states: Sequence[LaneState], done: Callable[[], object]) -> None:
         """Some of its lanes have been set back; they begin again when it is read what waits in them."""
-        if not states:
-            return
-        self._dispatcher.environment.reader.ask_then(WaitingRows(self.options.name), lambda rows: self._begin_again(states, rows))
+        environment, which = self._dispatcher.environment, WaitingRows(self.options.name)
 
-    def _begin_again(self, states: Sequence[LaneState], rows: Sequence[WaitingRow] | BaseException) -> None:
-        environment = self._dispatcher.environment
-        if isinstance(rows, BaseException):
-            _log.error("%s: it could not be read what waits, trying again: %s", self.options.name, rows)
-            again = WaitingRows(self.options.name)
-            environment.timers.after(1.0, lambda: environment.reader.ask_then(again, lambda r: self._begin_again(states, r)))
-            return
-        self._restart(states, rows)
+        def read(rows: Sequence[WaitingRow] | BaseException) -> None:
+            if isinstance(rows, BaseException):
+                _log.error("%s: it could not be read what waits, trying again: %s", self.options.name, rows)
+                environment.timers.after(READ_AGAIN, lambda: environment.reader.ask_then(which, read))
+                return
+            self._restart(states, rows)
+            done()
+
+        environment.reader.ask_then(which, read)
 
     def _restart(self, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
         for state in states:

@@ -53,6 +53,7 @@ class StoreConformance(
     _instances.Generations,
     _instances.Instances,
     _instances.OnProbation,
+    _instances.Reviving,
 ):
     """Subclass it and define `make_store`; see the module.
 

@@ -22,7 +22,8 @@ OPTIONS: dict[str, Any] = {
     "on_exhausted": "dead_letter",
     "timeout": 60.0,
     "start": "now",
-    "replay": True, "breaker": None,
+    "replay": True,
+    "breaker": None,
 }
 
 
