@@ -237,7 +237,8 @@ class Publishers:
     async def rare(self, source: str) -> None:
         """Publish what is rejected, and do what is done now and then."""
         bus = self.bus
-        await bus.unsubscribe("removed")
+        if self.task.who == 0:
+            await bus.unsubscribe("removed")
         await bus.resume("doomed")  # the kill may have come while it was paused
         async for number in self.numbers(source, 0.01):
             for draft in (Doomed(source, number), Hopeless()):
