@@ -64,7 +64,7 @@ class Membership:
         self._instance = instance
         self._lease = lease
         self._shared = shared
-        self._joined = self._leaving = False
+        self._joined = self._leaving = self._failing = False
         self._shares: Mapping[LaneKey, str | None] = {}
         self._holds: list[str] = []
         self._seen = -1  # of the standing's changes
@@ -90,7 +90,9 @@ class Membership:
             except BusNotOpen:
                 return
             except EventBusError as error:
-                _log.error("the lease of this instance could not be renewed, trying again: %s", error)
+                if not self._failing:
+                    _log.error("the lease of this instance could not be renewed, trying again: %s", error)
+                self._failing = True
                 self._journal.renew_at = self._environment.lease_clock() + min(RETRY, self._lease / RENEWALS)
 
     def poke(self) -> None:
@@ -145,7 +147,7 @@ class Membership:
             _log.warning("the others have taken this instance for dead: its lease had ended. It begins anew")
             for lane in self._dispatcher.lanes():
                 self.lose(lane)
-        self._joined = True
+        self._joined, self._failing = True, False
         lapsed = self._environment.deadline <= begun
         if self._shared:
             self._environment.deadline = begun + self._lease
