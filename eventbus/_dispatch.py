@@ -71,7 +71,7 @@ class Serving:
         self.delayed: list[Lane] = []
         self.handled = 0
         self.failed = 0
-        self.redriver = Redriver(options.name, dispatcher.environment, self.lane_of, self._want_lane)
+        self.redriver = Redriver(self, dispatcher.environment, self._want_lane)
 
     # -------------------------------------------------------------- types and lanes
 
@@ -147,6 +147,17 @@ class Serving:
         if not self.wants(record.type):
             return None
         return next(lane for lane in self.lanes.values() if lane.log.intake is self.feeds[ONE_LANE].of(record))
+
+    def parks(self) -> bool:
+        """Whether a key of it is parked."""
+        return any(lane.log.parked for lane in self.lanes.values())
+
+    def free(self, rows: Sequence[WaitingRow]) -> None:
+        """The store has freed what was parked in these rows."""
+        for row in rows:
+            lane = self.lanes.get(row.lane)
+            if lane is not None:
+                lane.log.free(row.waiting.position)
 
     def _want_lane(self, type: str) -> bool:
         """Ask for the lane of a type of which nothing is in the log; False if it is not for this subscription."""

@@ -71,6 +71,19 @@ class LogSource(Source, Protocol):
     def checkpoint(self) -> int:
         """Up to here everything is settled, or has a row."""
 
+    @property
+    def parked(self) -> int:
+        """Keys that wait behind a dead letter."""
+
+    def hindrance(self) -> str | None:
+        """Why it gives nothing more out, if something must be done about it."""
+
+    def parks(self, record: Record) -> bool:
+        """Whether an event waits behind its key's dead letter."""
+
+    def free(self, position: int) -> None:
+        """The store has freed what was parked behind the dead letter at this position."""
+
     def done(self) -> tuple[int, ...]:
         """Positions above the checkpoint that are settled."""
 
@@ -203,7 +216,7 @@ class Lane:
         self._newest = 0  # position of the delivery that was settled last
         self._stored = state.checkpoint
         self.crossings: list[Recallable] = []
-        self._waiters: list[tuple[Callable[[], bool], Waiter]] = []
+        self._waiters: list[tuple[Callable[[], bool], Callable[[], str | None], Waiter]] = []
 
     def begin(self, log: LogSource, *others: Source) -> None:
         """Give the lane its sources."""
@@ -359,6 +372,8 @@ class Lane:
             self._stored = max(self._stored, unit.checkpoint)
             self.log.confirmed(unit)
         if unit.dead_letter is not None and unit.retry is None:
+            if refusal is None and unit.death is None and not conflict:
+                self.log.free(unit.position)
             self.holder.redriven(unit.dead_letter)
         self.wake()
 
@@ -393,8 +408,14 @@ class Lane:
         elif self.closed:
             return "not dispatched"
         else:
-            reason = self.blocked
+            reason = self.blocked or self.log.hindrance()
         return None if self.running or not self.up_to_date() else reason
+
+    def hindrance_of(self, record: Record) -> str | None:
+        """Why this event is not settled for now, if so."""
+        if self.log.parks(record):
+            return f"parked: its key {record.key!r} waits behind a dead letter"
+        return self.hindrance()
 
     def gives_nothing(self) -> bool:
         """Whether it gives nothing out until it is resumed, or another program has it."""
@@ -402,19 +423,19 @@ class Lane:
 
     async def wait_clear(self, position: int) -> str | None:
         """Wait until everything up to a position is settled; returns None then, or at once why that will not come."""
-        return await self._wait_until(lambda: self.clear_to(position))
+        return await self._wait_until(lambda: self.clear_to(position), self.hindrance)
 
     async def wait_settled(self, record: Record) -> str | None:
         """Wait until this event is settled, whatever else waits; returns None then, or at once why that will not come."""
-        return await self._wait_until(lambda: self.has_settled(record))
+        return await self._wait_until(lambda: self.has_settled(record), lambda: self.hindrance_of(record))
 
-    async def _wait_until(self, reached: Callable[[], bool]) -> str | None:
+    async def _wait_until(self, reached: Callable[[], bool], hindrance: Callable[[], str | None]) -> str | None:
         while not reached():
-            reason = self.hindrance()
+            reason = hindrance()
             if reason is not None:
                 return reason
             waiter = self.environment.loop.waiter()
-            entry = (reached, waiter)
+            entry = (reached, hindrance, waiter)
             self._waiters.append(entry)
             self.environment.journal.flush()
             try:
@@ -430,11 +451,11 @@ class Lane:
             self._tell_waiters()
 
     def _tell_waiters(self) -> None:
-        stuck = self.hindrance() is not None
         for entry in list(self._waiters):
-            if stuck or entry[0]():
+            reached, hindrance, waiter = entry
+            if reached() or hindrance() is not None:
                 self._waiters.remove(entry)
-                entry[1].set()
+                waiter.set()
         if self._waiters:
             self.environment.journal.flush()
 

@@ -56,7 +56,7 @@ class Waiting:
         await self._dispatcher.all_lanes()
         lanes = self._dispatcher.lanes_of(record)
         for lane in lanes:
-            reason = self._deadlock(lane, record) or (None if lane.has_settled(record) else lane.hindrance())
+            reason = self._deadlock(lane, record) or (None if lane.has_settled(record) else lane.hindrance_of(record))
             if reason is not None:
                 blocked[lane.holder.options.name] = reason
         if not blocked:
@@ -136,11 +136,14 @@ class Waiting:
     async def _drain(self, head: int, cascade: Cascade) -> None:
         await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
-            for lane in list(serving.lanes.values()):
-                await self._clear(lane, head)
+            await self._clear_all(serving, head)
+            redriven = False
             while serving.paused is None and not serving.closed and not serving.redriver.idle and not serving.redriver.hindered:
                 self._dispatcher.check_open()
                 await serving.redriver.wait_for_change()
+                redriven = True
+            if redriven:
+                await self._clear_all(serving, head)  # what was parked behind a dead letter follows it
         found = 0
         while found < len(cascade.found):
             record = cascade.found[found]
@@ -148,6 +151,10 @@ class Waiting:
             await self._dispatcher.all_lanes()
             for lane in self._dispatcher.lanes_of(record):
                 await self._clear(lane, record.position)
+
+    async def _clear_all(self, serving: Serving, head: int) -> None:
+        for lane in list(serving.lanes.values()):
+            await self._clear(lane, head)
 
     async def _clear(self, lane: Lane, position: int) -> None:
         attempt = current_attempt.get()
@@ -158,7 +165,7 @@ class Waiting:
         left: dict[str, int] = {}
         for name, serving in self._dispatcher.servings.items():
             count = 0
-            if not all(lane.clear_to(head) for lane in serving.lanes.values()):
+            if serving.parks() or not all(lane.clear_to(head) for lane in serving.lanes.values()):
                 count = await self._count(serving, head)
             count += serving.redriver.known
             if count:
