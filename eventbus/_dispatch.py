@@ -65,6 +65,7 @@ class Serving:
         self.claiming: set[str] = set()  # lanes that the store is asked for
         self.feeds: dict[str, Feed] = {}  # by lane for order "type", one for all lanes otherwise
         self.rewinding = False
+        self.exclusive: object = None
         self.closed = False
         self.stuck = 0
         self.workers = 0
@@ -125,6 +126,16 @@ class Serving:
             self.rewinding = False
             for lane in self.lanes.values():
                 lane.wake()
+
+    def hold_back(self, replay: object) -> None:
+        """Give out nothing but what belongs to this replay; with None, everything again. Nothing of it is stored."""
+        self.exclusive = replay
+        for lane in self.lanes.values():
+            if replay is not None:
+                lane.recall()
+            lane.tell_waiters()
+            lane.wake()
+        self.redriver.changed()
 
     def rewound(self, after: int, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
         """Its lanes have been set back, these rows are left; what they were doing does not count any more."""

@@ -45,9 +45,11 @@ class Source(Protocol):
 
     Attributes:
         beside: it delivers beside the log, as redrives and replays do.
+        replay: the replay that it belongs to, or None.
     """
 
     beside: bool
+    replay: object
 
     def take(self) -> Attempt | None:
         """The next attempt that can run now."""
@@ -117,6 +119,7 @@ class Holder(Protocol):
     Attributes:
         paused: the reason, or None.
         rewinding: its lanes are being set back, so their units may be refused.
+        exclusive: the replay that holds everything else back, or None.
         stuck: threads that have outlived their timeout. workers: how many serve it. delayed: lanes that wait for one of them.
         handled, failed: attempts that have ended so.
     """
@@ -124,6 +127,7 @@ class Holder(Protocol):
     options: Subscription
     paused: str | None
     rewinding: bool
+    exclusive: object
     stuck: int
     workers: int
     delayed: list[Lane]
@@ -237,7 +241,8 @@ class Lane:
         if self.running >= self.concurrency or self._serial - self._confirmed >= AHEAD or self.is_held_up():
             return None
         sources = self.sources
-        attempt = sources[0].take() if len(sources) == 1 else self._take_turns()
+        alone = len(sources) == 1 and self.holder.exclusive is None
+        attempt = sources[0].take() if alone else self._take_turns()
         if attempt is not None:
             attempt.epoch = self.epoch
             self.running += 1
@@ -261,7 +266,8 @@ class Lane:
         return more
 
     def _take_turns(self) -> Attempt | None:
-        sources = self.sources
+        only = self.holder.exclusive
+        sources = self.sources if only is None else [source for source in self.sources if source.replay is only]
         for _ in range(len(sources)):
             self._turn = (self._turn + 1) % len(sources)
             attempt = sources[self._turn].take()
@@ -409,7 +415,10 @@ class Lane:
             return "not dispatched"
         else:
             reason = self.blocked or self.log.hindrance()
-        return None if self.running or not self.up_to_date() else reason
+        if self.running or not self.up_to_date():
+            reason = None
+        # This at once: the replay's own attempts run here, and may be what waits.
+        return reason if self.holder.exclusive is None else reason or "held back by an exclusive replay"
 
     def hindrance_of(self, record: Record) -> str | None:
         """Why this event is not settled for now, if so."""
@@ -419,7 +428,7 @@ class Lane:
 
     def gives_nothing(self) -> bool:
         """Whether it gives nothing out until it is resumed, or another program has it."""
-        return self.holder.paused is not None or self.closed or self.blocked is not None
+        return self.holder.paused is not None or self.closed or self.blocked is not None or self.holder.exclusive is not None
 
     async def wait_clear(self, position: int) -> str | None:
         """Wait until everything up to a position is settled; returns None then, or at once why that will not come."""

@@ -41,6 +41,7 @@ class LooseSource:
     """The log, given out in order of position; an event is not waited for by those of other keys."""
 
     beside = False
+    replay: object = None
 
     def __init__(self, lane: Lane, intake: Intake, state: LaneState, *, by_key: bool) -> None:
         self._lane = lane
@@ -201,6 +202,7 @@ class HeldSource:
     """What has rows: events of held keys, and single events that wait for another attempt."""
 
     beside = False
+    replay: object = None
 
     def __init__(self, lane: Lane, log: LooseSource, accepts: Callable[[Record], bool], types: tuple[str, ...] | None) -> None:
         self._lane = lane

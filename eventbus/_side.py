@@ -49,12 +49,17 @@ class Item(msgspec.Struct, eq=False):
 
 
 class SideSource:
-    """Items of one lane; part of the lane's sources while it has any."""
+    """Items of one lane; part of the lane's sources while it has any.
+
+    Args:
+        replay: what the items belong to; None for redrives.
+    """
 
     beside = True
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, replay: object = None) -> None:
         self._lane = lane
+        self.replay = replay
         self._items: deque[Item] = deque()
         self._waiting: list[tuple[float, int, Item]] = []  # monotonic
         self._tie = itertools.count()

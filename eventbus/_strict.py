@@ -21,6 +21,7 @@ class StrictSource:
     """The log in strict order: the next event is given out when the one before it is settled."""
 
     beside = False
+    replay: object = None
 
     def __init__(self, lane: Lane, intake: Intake, state: LaneState) -> None:
         self._lane = lane
