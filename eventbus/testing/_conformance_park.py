@@ -108,7 +108,13 @@ class ParkedKeys(ConformanceBase):
         state = self.with_row(store)
         self.settle(store, self.unit(state, 2, source="replay", checkpoint=3, death=death()))
         before = self.parked_rows(store)
-        self.run(store, Discard(DeadLetterFilter()))
+        self.run(store, Redrive(DeadLetterFilter()))
+        (letter,) = self.dead(store)
+        redrive = self.unit(state, 2, source="redrive", checkpoint=3, dead_letter=letter.id)
+        assert not self.settle(store, redrive).refused
+        assert self.parked_rows(store) == before
+        self.settle(store, self.unit(state, 2, source="replay", checkpoint=3, death=death()))
+        assert self.run(store, Discard(DeadLetterFilter())) == 1
         assert self.parked_rows(store) == before
 
     def test_parked_worked_off(self, store: Store) -> None:
