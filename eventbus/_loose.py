@@ -32,7 +32,7 @@ WINDOW = 1_000
 HELD = 1_000
 """Rows that a lane may have; then it gives out no first attempts until one goes."""
 PARKED = 10_000
-"""Keys that may be parked in a lane, each some 300 bytes here; then it gives out no first attempts until one is freed."""
+"""Keys that may be parked in a lane, each some 320 bytes here; then it gives out no first attempts until one is freed."""
 _BACKLOG = 64
 _BACKLOG_BYTES = 262_144
 
@@ -399,7 +399,7 @@ class HeldSource:
         held.running = False
         held.attempts, held.first_failed_at = 0, None
         if held.backlog:
-            held.backlog.popleft()
+            held.backlog.pop(0)
         if held.backlog:
             held.row, held.after = held.backlog[0].position, False
             now = self._lane.environment.clock.time()
