@@ -42,7 +42,7 @@ from eventbus._options import (
 from eventbus._retry import RetryPolicy
 from eventbus._subscription import OnExhausted, Start, Subscription, split_types, subscription_of
 from eventbus._typing import E1, E2, E3, E4, E5, E6, E7, E8, NOT_GIVEN, On, Point, Progress, given
-from eventbus.errors import BusNotOpen, ConfigurationError, InvalidSubscription, NotSupported
+from eventbus.errors import BusNotOpen, ConfigurationError, InvalidSubscription
 from eventbus.hooks import Hook
 from eventbus.stores.base import Cancel, Order, Record, Store, Stored
 
@@ -380,16 +380,18 @@ class EventBus:
             to: subscriptions dispatched here, by name or handler; default: all with `replay=True`.
             rate: events per second, at most.
             dry_run: only count.
+            exclusive: hold everything else of these subscriptions back until the replay is over, however it ends.
             progress: called with a `ReplaySummary` after each page of events; may be async.
 
         Raises:
             RangeNotRetained: the range begins before what is retained.
-            ConfigurationError: a point or a rate that cannot be, or a subscription that does not allow replays.
+            ConfigurationError: a point or a rate that cannot be, a subscription that does not allow replays, or an exclusive
+                replay to one that has one already.
             UnknownSubscription: one of `to` is not dispatched here.
         """
         running = self._open()
-        if exclusive:
-            raise NotSupported("exclusive replays are not there yet; replay without exclusive=True")
+        if not isinstance(exclusive, bool):
+            raise ConfigurationError(f"exclusive={exclusive!r}; expected True or False")
         if rate is not None:
             check_numbers(rate=rate)
         from eventbus._replay import Replay, targets_of  # noqa: PLC0415  # see `_start`
@@ -397,12 +399,8 @@ class EventBus:
         targets = targets_of(running.dispatcher, self._declared, to)
         patterns = self._declared.patterns(types)
         stretch = await running.history.range(since, after, until)
-        replay = Replay(
-            *(running.dispatcher, running.membership, running.history, targets, patterns, stretch),
-            rate=rate,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        options: dict[str, Any] = {"rate": rate, "dry_run": dry_run, "exclusive": exclusive, "progress": progress}
+        replay = Replay(running.dispatcher, running.membership, running.history, targets, patterns, stretch, **options)
         running.replays.add(replay)
         try:
             return await replay.run()

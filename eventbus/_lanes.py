@@ -49,6 +49,7 @@ class Holder(Protocol):
     Attributes:
         paused: the reason, or None. circuit: its breaker's, or None.
         rewinding: above 0 while its lanes are being set back, so that their units may be refused.
+        exclusive: the replay that holds everything else back, or None.
         stuck: threads that have outlived their timeout. workers: how many serve it. delayed: lanes that wait for one of them.
         handled, failed: attempts that have ended so.
     """
@@ -57,6 +58,7 @@ class Holder(Protocol):
     paused: str | None
     circuit: Circuit | None
     rewinding: int
+    exclusive: object
     stuck: int
     workers: int
     delayed: list[Lane]
@@ -154,7 +156,7 @@ class Lane:
         self.crossings: list[Recallable] = []
         self.moved = False
         self.probation: Probation | None = None
-        self._waiters: list[tuple[Callable[[], bool], Waiter | _Call]] = []
+        self._waiters: list[tuple[Callable[[], bool], Callable[[], str | None], Waiter | _Call]] = []
 
     def begin(self, log: LogSource, *others: Source) -> None:
         """Give the lane its sources."""
@@ -177,7 +179,8 @@ class Lane:
         if self.running >= self.concurrency or self._serial - self._confirmed >= AHEAD or self.is_held_up():
             return None
         sources = self.sources
-        attempt = sources[0].take() if len(sources) == 1 else self._take_turns()
+        alone = len(sources) == 1 and self.holder.exclusive is None
+        attempt = sources[0].take() if alone else self._take_turns()
         circuit = self.holder.circuit
         if circuit is not None and circuit.is_open:
             circuit.given_out(self, attempt)
@@ -213,7 +216,8 @@ class Lane:
         return more
 
     def _take_turns(self) -> Attempt | None:
-        sources = self.sources
+        only = self.holder.exclusive
+        sources = self.sources if only is None else [source for source in self.sources if source.replay is only]
         for _ in range(len(sources)):
             self._turn = (self._turn + 1) % len(sources)
             attempt = sources[self._turn].take()
@@ -345,6 +349,8 @@ class Lane:
             self._stored = max(self._stored, unit.checkpoint)
             self.log.confirmed(unit)
         if unit.dead_letter is not None:
+            if refusal is None and unit.retry is None and unit.death is None and not conflict:
+                self.log.free(unit.position)
             self.holder.redriven(unit.dead_letter, None if unit.retry is None else unit.retry[1])
         self.wake()
 
@@ -379,8 +385,17 @@ class Lane:
         elif self.closed:
             return MOVED if self.moved else "not dispatched"
         else:
-            reason = self.blocked
-        return None if self.running or not self.up_to_date() else reason
+            reason = self.blocked or self.log.hindrance()
+        if self.running or not self.up_to_date():
+            reason = None
+        # This at once: the replay's own attempts run here, and may be what waits.
+        return reason if self.holder.exclusive is None else reason or "held back by an exclusive replay"
+
+    def hindrance_of(self, record: Record) -> str | None:
+        """Why this event is not settled for now, if so."""
+        if self.log.parks(record):
+            return f"parked: its key {record.key!r} waits behind a dead letter"
+        return self.hindrance()
 
     def is_quiet(self) -> bool:
         """Whether nothing of it is under way, and the store knows of everything."""
@@ -388,23 +403,23 @@ class Lane:
 
     def gives_nothing(self) -> bool:
         """Whether it gives nothing out until it is resumed, or another program has it."""
-        return self.holder.paused is not None or self.closed or self.blocked is not None
+        return self.holder.paused is not None or self.closed or self.blocked is not None or self.holder.exclusive is not None
 
     async def wait_clear(self, position: int) -> str | None:
         """Wait until everything up to a position is settled; returns None then, or at once why that will not come."""
-        return await self._wait_until(lambda: self.clear_to(position))
+        return await self._wait_until(lambda: self.clear_to(position), self.hindrance)
 
     async def wait_settled(self, record: Record) -> str | None:
         """Wait until this event is settled, whatever else waits; returns None then, or at once why that will not come."""
-        return await self._wait_until(lambda: self.has_settled(record))
+        return await self._wait_until(lambda: self.has_settled(record), lambda: self.hindrance_of(record))
 
-    async def _wait_until(self, reached: Callable[[], bool]) -> str | None:
+    async def _wait_until(self, reached: Callable[[], bool], hindrance: Callable[[], str | None]) -> str | None:
         while not reached():
-            reason = self.hindrance()
+            reason = hindrance()
             if reason is not None:
                 return reason
             waiter = self.environment.loop.waiter()
-            entry = (reached, waiter)
+            entry = (reached, hindrance, waiter)
             self._waiters.append(entry)
             self.environment.journal.flush()
             try:
@@ -420,11 +435,11 @@ class Lane:
             self._tell_waiters()
 
     def _tell_waiters(self) -> None:
-        stuck = self.hindrance() is not None
         for entry in list(self._waiters):
-            if stuck or entry[0]():
+            reached, hindrance, waiter = entry
+            if reached() or hindrance() is not None:
                 self._waiters.remove(entry)
-                entry[1].set()
+                waiter.set()
         if self._waiters:
             self.environment.journal.flush()
 
@@ -451,7 +466,7 @@ class Lane:
         self.retiring = True
         self.recall()
         self.flush()
-        self._waiters.append((self.is_quiet, _Call(quiet)))
+        self._waiters.append((self.is_quiet, self.hindrance, _Call(quiet)))
         self.tell_waiters()
 
     def move(self) -> None:

@@ -77,13 +77,14 @@ class Serving:
         self.claiming: set[str] = set()  # lanes that the store is asked for
         self.feeds: dict[str, Feed] = {}  # by lane for order "type", one for all lanes otherwise
         self.rewinding = 0
+        self.exclusive: object = None
         self.closed = False
         self.stuck = 0
         self.workers = 0
         self.delayed: list[Lane] = []
         self.handled = 0
         self.failed = 0
-        self.redriver = Redriver(options.name, dispatcher.environment, self.lane_of, self._want_lane)
+        self.redriver = Redriver(self, dispatcher.environment, self._want_lane)
 
     # -------------------------------------------------------------- types and lanes
 
@@ -181,6 +182,16 @@ class Serving:
         for lane in self.lanes.values():
             lane.wake()
 
+    def hold_back(self, replay: object) -> None:
+        """Give out nothing but what belongs to this replay; with None, everything again. Nothing of it is stored."""
+        self.exclusive = replay
+        for lane in self.lanes.values():
+            if replay is not None:
+                lane.recall()
+            lane.tell_waiters()
+            lane.wake()
+        self.redriver.changed()
+
     def rewound(self, after: int, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
         """Its lanes have been set back, these rows are left; what they were doing does not count any more."""
         since = {name: min(start, after) for name, start in self.since.items()}
@@ -220,6 +231,17 @@ class Serving:
         if not self.wants(record.type):
             return None
         return self.lanes.get(lane_name(self.options.order, self.options.concurrency, record.type, record.slot))
+
+    def parks(self) -> bool:
+        """Whether a key of it is parked."""
+        return any(lane.log.parked for lane in self.lanes.values())
+
+    def free(self, rows: Sequence[WaitingRow]) -> None:
+        """The store has freed what was parked in these rows."""
+        for row in rows:
+            lane = self.lanes.get(row.lane)
+            if lane is not None:
+                lane.log.free(row.waiting.position)
 
     def _want_lane(self, type: str) -> bool:
         """Ask for the lane of a type of which nothing is in the log; False if none will come of it."""

@@ -19,7 +19,7 @@ import msgspec
 
 from eventbus._breaker import Breaker
 from eventbus._retry import RetryPolicy
-from eventbus.errors import InvalidSubscription, NotSupported
+from eventbus.errors import InvalidSubscription
 from eventbus.stores.base import LARGEST, Order
 
 OnExhausted = Literal["dead_letter", "pause", "park"]
@@ -85,7 +85,6 @@ def subscription_of(
 
     Raises:
         InvalidSubscription: the handler or an option cannot work; the message says what to write instead.
-        NotSupported: an option that this version does not have.
     """
     classes, patterns = split_types(types)
     _check_callable(handler)
@@ -237,13 +236,9 @@ def _check_retry(say: _Complaint, retry: object) -> None:
 
 def _check_on_exhausted(say: _Complaint, on_exhausted: object, order: Order) -> None:
     if on_exhausted not in get_args(OnExhausted):
-        say(f"on_exhausted={on_exhausted!r}; expected 'dead_letter' or 'pause'")
+        say(f"on_exhausted={on_exhausted!r}; expected 'dead_letter', 'pause' or 'park'")
     if on_exhausted == "park" and order != "key":
         say(f"on_exhausted='park' holds the later events of a key, so it needs order='key', not {order!r}")
-    if on_exhausted == "park":
-        raise NotSupported(
-            f"subscription {say.name!r}: on_exhausted='park' is not there yet in this version; use 'dead_letter' or 'pause'"
-        )
 
 
 def _check_timeout(say: _Complaint, timeout: object) -> None:

@@ -219,8 +219,10 @@ def run(plant: Plant) -> str | None:
         tests = [test for test in plant.tests if (copy / test).exists()]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", *tests]
         environment = {**os.environ, "PYTHONPATH": folder, "TMPDIR": folder}
-        said = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False).stdout
-        found = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        found = re.search(r"^FAILED (\S+)", ended.stdout, re.MULTILINE)
+        if found is None and ended.returncode != 0:  # not one test has failed: the copy cannot be tested at all
+            raise RuntimeError(f"{plant.name}: {ended.stdout[-2000:]}{ended.stderr[-2000:]}")
         return found[1] if found else None
 
 

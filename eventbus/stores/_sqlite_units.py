@@ -50,6 +50,7 @@ class Outcomes:
         self._now = now
         self._gone: set[tuple[str, int]] = set()
         self._waiting: dict[tuple[str, int], tuple[str, Waiting]] = {}
+        self._freed: set[tuple[str, int]] = set()
         self._letters: list[tuple[_Kind, tuple[Value, ...]]] = []
         self._paused: dict[str, str] = {}
 
@@ -142,6 +143,7 @@ class Outcomes:
         else:
             self._found.redriven.discard(unit.dead_letter)
             self._letters.append(("handled", (unit.dead_letter,)))
+            self._freed.add((unit.subscription, unit.position))
 
     # -------------------------------------------------------------- write
 
@@ -156,6 +158,8 @@ class Outcomes:
         # In order, since one dead letter may be deleted and come anew in one batch; what comes in a row is one statement.
         for kind, group in itertools.groupby(self._letters, key=lambda letter: letter[0]):
             _WRITE_LETTERS[kind](connection, [values for _, values in group])
+        if self._freed:
+            _free_rows(connection, self._freed, self._now)
         for name, reason in self._paused.items():
             connection.execute(
                 "UPDATE subscriptions SET paused = ?, paused_at = ? WHERE name = ?", (reason, to_micros(self._now), name)
@@ -180,6 +184,16 @@ def _remove_rows(connection: sqlite3.Connection, keys: Iterable[tuple[str, int]]
     head = "DELETE FROM deliveries WHERE subscription = ? AND position IN ("
     for name, group in itertools.groupby(sorted(keys), key=lambda key: key[0]):
         execute_rows(connection, head, [(position,) for _, position in group], ")", first=(name,))
+
+
+FREE = "UPDATE deliveries SET state = 'freed', attempt = 0, first_failed_at = NULL, error = NULL,"
+"""What becomes of a parked row when its dead letter goes, whoever ends that; `due_at` follows."""
+
+
+def _free_rows(connection: sqlite3.Connection, keys: Iterable[tuple[str, int]], now: float) -> None:
+    head = f"{FREE} due_at = ? WHERE state = 'parked' AND subscription = ? AND position IN ("
+    for name, group in itertools.groupby(sorted(keys), key=lambda key: key[0]):
+        execute_rows(connection, head, [(position,) for _, position in group], ")", first=(to_micros(now), name))
 
 
 # ------------------------------------------------------------------ dead letters

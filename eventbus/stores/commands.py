@@ -202,7 +202,8 @@ class Revive(Command[tuple[LaneState, ...]], frozen=True):
 
 
 class Pause(Command[None], frozen=True):
-    """Pause a subscription, with the reason; with None, resume it: its waiting deliveries are due now, at attempt 0.
+    """Pause a subscription, with the reason; with None, resume it: its waiting deliveries are due now, at attempt 0; what is
+    parked stays so.
     `UnknownSubscription` if there is none."""
 
     subscription: str
@@ -270,7 +271,8 @@ class Redrive(Command[tuple[str, ...]], frozen=True):
 
 
 class Discard(Command[int], frozen=True):
-    """Delete dead letters, also those being redriven. The result is how many."""
+    """Delete dead letters, also those being redriven. The result is how many. Rows of `deliveries` that are parked behind one
+    of them are freed: due now, at attempt 0."""
 
     filter: DeadLetterFilter
 
