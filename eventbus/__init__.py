@@ -11,6 +11,7 @@
 Every event is on disk before it is dispatched, and delivered at least once to every subscription.
 """
 
+from eventbus._breaker import Breaker
 from eventbus._bus import EventBus
 from eventbus._clock import Clock
 from eventbus._codec import Codec, Fault, JSONCodec
@@ -64,6 +65,7 @@ from eventbus.errors import (
 )
 
 __all__ = [
+    "Breaker",
     "BusNotOpen",
     "Clock",
     "Codec",

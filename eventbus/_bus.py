@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from eventbus._breaker import Breaker
 from eventbus._clock import Clock, SystemClock
 from eventbus._codec import Codec, JSONCodec
 from eventbus._dead_letters import DeadLetters
@@ -41,7 +42,7 @@ from eventbus._options import (
 from eventbus._retry import RetryPolicy
 from eventbus._subscription import OnExhausted, Start, Subscription, split_types, subscription_of
 from eventbus._typing import E1, E2, E3, E4, E5, E6, E7, E8, NOT_GIVEN, On, Point, Progress, given
-from eventbus.errors import BusNotOpen, ConfigurationError, InvalidSubscription, NotSupported
+from eventbus.errors import BusNotOpen, ConfigurationError, InvalidSubscription
 from eventbus.hooks import Hook
 from eventbus.stores.base import Cancel, Order, Record, Store, Stored
 
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 
 Name = str | Callable[..., Any]
 """A subscription: its name, or the handler."""
-
-_PRUNE_EVERY = 60.0
 
 
 class EventBus:
@@ -112,7 +111,7 @@ class EventBus:
         keeping = Keeping(
             None if retention is None else retention.total_seconds(),
             dedup_for.total_seconds(),
-            prune_every(retention, _PRUNE_EVERY),
+            prune_every(retention),
         )
         self._settings = Settings(
             name, workers, max_pending, max_event_bytes, lease, keeping, tuple(hooks), clock, codec, self._registry
@@ -145,6 +144,7 @@ class EventBus:
         timeout: float | None = 60.0,
         start: Start = "now",
         replay: bool = True,
+        breaker: Breaker | None = Breaker(),
     ) -> On[E1 | E2 | E3 | E4 | E5 | E6 | E7 | E8]:
         """Tie a handler to event types, durably; a decorator that returns the function unchanged.
 
@@ -163,6 +163,7 @@ class EventBus:
                 waits until it returns.
             start: where a *new* subscription begins: "now", "beginning", an aware datetime, or a position (after it).
             replay: whether `bus.replay` delivers to it.
+            breaker: when it is held back because everything fails; None: never.
 
         Raises:
             InvalidSubscription: the handler or an option cannot work.
@@ -186,6 +187,7 @@ class EventBus:
                     timeout=timeout,
                     start=start,
                     replay=replay,
+                    breaker=breaker,
                 )
             )
             return handler
@@ -378,16 +380,18 @@ class EventBus:
             to: subscriptions dispatched here, by name or handler; default: all with `replay=True`.
             rate: events per second, at most.
             dry_run: only count.
+            exclusive: hold everything else of these subscriptions back until the replay is over, however it ends.
             progress: called with a `ReplaySummary` after each page of events; may be async.
 
         Raises:
             RangeNotRetained: the range begins before what is retained.
-            ConfigurationError: a point or a rate that cannot be, or a subscription that does not allow replays.
+            ConfigurationError: a point or a rate that cannot be, a subscription that does not allow replays, or an exclusive
+                replay to one that has one already.
             UnknownSubscription: one of `to` is not dispatched here.
         """
         running = self._open()
-        if exclusive:
-            raise NotSupported("exclusive replays are not there yet in this version; replay without exclusive=True")
+        if not isinstance(exclusive, bool):
+            raise ConfigurationError(f"exclusive={exclusive!r}; expected True or False")
         if rate is not None:
             check_numbers(rate=rate)
         from eventbus._replay import Replay, targets_of  # noqa: PLC0415  # see `_start`
@@ -395,12 +399,8 @@ class EventBus:
         targets = targets_of(running.dispatcher, self._declared, to)
         patterns = self._declared.patterns(types)
         stretch = await running.history.range(since, after, until)
-        replay = Replay(
-            *(running.dispatcher, running.membership, running.history, targets, patterns, stretch),
-            rate=rate,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        options: dict[str, Any] = {"rate": rate, "dry_run": dry_run, "exclusive": exclusive, "progress": progress}
+        replay = Replay(running.dispatcher, running.membership, running.history, targets, patterns, stretch, **options)
         running.replays.add(replay)
         try:
             return await replay.run()

@@ -71,7 +71,8 @@ class DeadLetters:
         """Deliver dead letters again, each to its subscription, from attempt 1; returns how many.
 
         Returns as soon as that is stored; `drain` waits for them. A dead letter is deleted only with the ack; if it fails for
-        good again, it stays, brought up to date. It takes turns with live events, and does not hold them up.
+        good again, it stays, brought up to date. It takes turns with live events, and does not hold them up. With its ack, a
+        key that was parked behind it is free: the later events follow, in order.
 
         Raises:
             ConfigurationError: neither ids, nor a condition, nor `all=True`.
@@ -95,13 +96,18 @@ class DeadLetters:
         until: datetime | None = None,
         all: bool = False,
     ) -> int:
-        """Delete dead letters; returns how many.
+        """Delete dead letters; returns how many. A key that was parked behind one goes on with what came after it.
 
         Raises:
             ConfigurationError: neither ids, nor a condition, nor `all=True`.
         """
         which = self._filter(ids, subscription, type, error, since, until, needs_all=not all)
-        return await self._running().journal.command(Discard(which))
+        running = self._running()
+        count = await running.journal.command(Discard(which))
+        for serving in running.dispatcher.servings.values():
+            if serving.parks():
+                serving.redriver.kick()
+        return count
 
     def _filter(
         self,

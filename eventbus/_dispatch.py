@@ -49,8 +49,6 @@ class Dispatcher:
         self.on_notice: Callable[[Notice], object] = lambda _notice: None
         self.on_renewal_due: Callable[[], object] = lambda: None
         self.on_lane_lost: Callable[[], object] = lambda: None
-        self.instance = ""
-        """Id of this instance."""
         self.declared: set[str] = set()
         """Names of the subscriptions of this program, dispatched or not."""
         self.closing = False
@@ -186,7 +184,7 @@ class Dispatcher:
         self._routes.clear()
         lane = serving.add_lane(state, rows, self.budget)
         if suspicion is not None and self.environment.solo is not None:
-            Probation(lane, suspicion, self.instance, self.environment.journal, self.environment.solo)
+            Probation(lane, suspicion, self.environment, self.environment.solo)
         serving.begin_lane(lane, last)
 
     def drop_lane(self, lane: Lane) -> None:

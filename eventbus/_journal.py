@@ -305,11 +305,13 @@ class Journal:
 
     def _look_around(self) -> None:
         """See what others have done, if it is time for that. By the machine's time: they do not go by the clock given here."""
+        if not self.is_open:
+            return
         now = self._store.monotonic()
         if now >= self.renew_at:
             self.renew_at = math.inf
             self._post(self._on_renewal)
-        if now < self._notice_at or not self.is_open:
+        if now < self._notice_at:
             return
         self._notice_at = now + self.notice_every
         try:

@@ -24,6 +24,7 @@ from eventbus.stores.base import LaneState, Record, Refusal, Unit
 from eventbus.stores.base import Source as SourceName
 
 if TYPE_CHECKING:
+    from eventbus._circuit import Circuit
     from eventbus._clock import Clock
     from eventbus._journal import Journal
     from eventbus._loop import Loop, Waiter
@@ -46,15 +47,18 @@ class Holder(Protocol):
     """The subscription that a lane belongs to.
 
     Attributes:
-        paused: the reason, or None.
-        rewinding: its lanes are being set back, so their units may be refused.
+        paused: the reason, or None. circuit: its breaker's, or None.
+        rewinding: above 0 while its lanes are being set back, so that their units may be refused.
+        exclusive: the replay that holds everything else back, or None.
         stuck: threads that have outlived their timeout. workers: how many serve it. delayed: lanes that wait for one of them.
         handled, failed: attempts that have ended so.
     """
 
     options: Subscription
     paused: str | None
-    rewinding: bool
+    circuit: Circuit | None
+    rewinding: int
+    exclusive: object
     stuck: int
     workers: int
     delayed: list[Lane]
@@ -87,8 +91,8 @@ class Environment(msgspec.Struct, eq=False):
 
     Attributes:
         halted: outcomes cannot be written for now, or never again: start no further attempt.
-        lease_clock: the store's; see `Store.monotonic`. deadline: the end of this instance's lease by it: from then on the lanes
-            may be another's.
+        instance: id of this one. lease_clock: the store's; see `Store.monotonic`. deadline: the end of this instance's lease by
+            it: from then on the lanes may be another's.
         committed: told of all events that enter the log. solo: which lane must be alone; see `_probation`.
     """
 
@@ -101,6 +105,7 @@ class Environment(msgspec.Struct, eq=False):
     schedule: Callable[[Lane], object]
     notify: Callable[[Moment], object]
     lease_clock: Callable[[], float]
+    instance: str
     committed: list[Callable[[Sequence[Record]], object]] = []
     scheduled: Callable[[float], object] = lambda _due_at: None
     fenced: Callable[[Lane], object] = lambda lane: lane.move()
@@ -151,7 +156,7 @@ class Lane:
         self.crossings: list[Recallable] = []
         self.moved = False
         self.probation: Probation | None = None
-        self._waiters: list[tuple[Callable[[], bool], Waiter | _Call]] = []
+        self._waiters: list[tuple[Callable[[], bool], Callable[[], str | None], Waiter | _Call]] = []
 
     def begin(self, log: LogSource, *others: Source) -> None:
         """Give the lane its sources."""
@@ -174,7 +179,11 @@ class Lane:
         if self.running >= self.concurrency or self._serial - self._confirmed >= AHEAD or self.is_held_up():
             return None
         sources = self.sources
-        attempt = sources[0].take() if len(sources) == 1 else self._take_turns()
+        alone = len(sources) == 1 and self.holder.exclusive is None
+        attempt = sources[0].take() if alone else self._take_turns()
+        circuit = self.holder.circuit
+        if circuit is not None and circuit.is_open:
+            circuit.given_out(self, attempt)
         if attempt is not None:
             attempt.epoch = self.epoch
             self.running += 1
@@ -187,11 +196,16 @@ class Lane:
             return True
         if environment.solo is not None and environment.solo.holder not in (None, self):
             return True
+        if holder.circuit is not None and not holder.circuit.lets(self):
+            return True
         return self.retiring or environment.lease_clock() >= environment.deadline
 
     def take_more(self, limit: int) -> list[Attempt]:
         """Further first attempts from the log, after one from there, for one crossing into a thread."""
-        limit = min(limit, AHEAD - (self._serial - self._confirmed)) if self.probation is None else 0
+        circuit = self.holder.circuit
+        if self.probation is not None or (circuit is not None and circuit.is_open):
+            return []
+        limit = min(limit, AHEAD - (self._serial - self._confirmed))
         more: list[Attempt] = []
         while len(more) < limit and len(self.sources) == 1 and (attempt := self.log.take()) is not None:
             if attempt.number > 1:
@@ -202,7 +216,8 @@ class Lane:
         return more
 
     def _take_turns(self) -> Attempt | None:
-        sources = self.sources
+        only = self.holder.exclusive
+        sources = self.sources if only is None else [source for source in self.sources if source.replay is only]
         for _ in range(len(sources)):
             self._turn = (self._turn + 1) % len(sources)
             attempt = sources[self._turn].take()
@@ -221,14 +236,26 @@ class Lane:
         self.rested()
         if attempt.epoch != self.epoch and attempt.source not in self.sources:
             return  # the lane was rewound meanwhile: the event comes again
+        circuit = self.holder.circuit
         if isinstance(outcome, Acked):
             self.holder.handled += 1
             attempt.source.acked(attempt, outcome.published)
+            if circuit is not None and circuit.troubled:
+                circuit.succeeded()
         elif isinstance(outcome, Failed):
             self.holder.failed += 1
-            attempt.source.failed(self._failure(attempt, outcome))
+            wait = None if circuit is None else circuit.failed(attempt, outcome)
+            if wait is None:
+                attempt.source.failed(self._failure(attempt, outcome))
+            elif not wait:
+                attempt.source.given_back(attempt)
+            else:
+                attempt.number -= 1
+                attempt.source.failed(Failure(attempt, outcome.error, wait, final=False, now=self.environment.clock.time()))
         else:
             attempt.source.given_back(attempt)
+            if circuit is not None:
+                circuit.released(attempt)
         if isinstance(outcome, Undeliverable) and self.blocked is None:
             self.blocked = outcome.reason
             _log.error("%s: the lane %r waits: %s", self.holder.options.name, self.name, outcome.reason)
@@ -322,6 +349,8 @@ class Lane:
             self._stored = max(self._stored, unit.checkpoint)
             self.log.confirmed(unit)
         if unit.dead_letter is not None:
+            if refusal is None and unit.retry is None and unit.death is None and not conflict:
+                self.log.free(unit.position)
             self.holder.redriven(unit.dead_letter, None if unit.retry is None else unit.retry[1])
         self.wake()
 
@@ -356,8 +385,17 @@ class Lane:
         elif self.closed:
             return MOVED if self.moved else "not dispatched"
         else:
-            reason = self.blocked
-        return None if self.running or not self.up_to_date() else reason
+            reason = self.blocked or self.log.hindrance()
+        if self.running or not self.up_to_date():
+            reason = None
+        # This at once: the replay's own attempts run here, and may be what waits.
+        return reason if self.holder.exclusive is None else reason or "held back by an exclusive replay"
+
+    def hindrance_of(self, record: Record) -> str | None:
+        """Why this event is not settled for now, if so."""
+        if self.log.parks(record):
+            return f"parked: its key {record.key!r} waits behind a dead letter"
+        return self.hindrance()
 
     def is_quiet(self) -> bool:
         """Whether nothing of it is under way, and the store knows of everything."""
@@ -365,23 +403,23 @@ class Lane:
 
     def gives_nothing(self) -> bool:
         """Whether it gives nothing out until it is resumed, or another program has it."""
-        return self.holder.paused is not None or self.closed or self.blocked is not None
+        return self.holder.paused is not None or self.closed or self.blocked is not None or self.holder.exclusive is not None
 
     async def wait_clear(self, position: int) -> str | None:
         """Wait until everything up to a position is settled; returns None then, or at once why that will not come."""
-        return await self._wait_until(lambda: self.clear_to(position))
+        return await self._wait_until(lambda: self.clear_to(position), self.hindrance)
 
     async def wait_settled(self, record: Record) -> str | None:
         """Wait until this event is settled, whatever else waits; returns None then, or at once why that will not come."""
-        return await self._wait_until(lambda: self.has_settled(record))
+        return await self._wait_until(lambda: self.has_settled(record), lambda: self.hindrance_of(record))
 
-    async def _wait_until(self, reached: Callable[[], bool]) -> str | None:
+    async def _wait_until(self, reached: Callable[[], bool], hindrance: Callable[[], str | None]) -> str | None:
         while not reached():
-            reason = self.hindrance()
+            reason = hindrance()
             if reason is not None:
                 return reason
             waiter = self.environment.loop.waiter()
-            entry = (reached, waiter)
+            entry = (reached, hindrance, waiter)
             self._waiters.append(entry)
             self.environment.journal.flush()
             try:
@@ -397,11 +435,11 @@ class Lane:
             self._tell_waiters()
 
     def _tell_waiters(self) -> None:
-        stuck = self.hindrance() is not None
         for entry in list(self._waiters):
-            if stuck or entry[0]():
+            reached, hindrance, waiter = entry
+            if reached() or hindrance() is not None:
                 self._waiters.remove(entry)
-                entry[1].set()
+                waiter.set()
         if self._waiters:
             self.environment.journal.flush()
 
@@ -428,7 +466,7 @@ class Lane:
         self.retiring = True
         self.recall()
         self.flush()
-        self._waiters.append((self.is_quiet, _Call(quiet)))
+        self._waiters.append((self.is_quiet, self.hindrance, _Call(quiet)))
         self.tell_waiters()
 
     def move(self) -> None:

@@ -3,7 +3,8 @@
 publish → journal → store → *lanes* → workers → outcome. A failing event does not stop the lane: it gets a row of `deliveries`,
 the checkpoint goes on, and later events of its key are passed over, for the row stands for them as well. When the row is due
 they are read from the log by (key, position) and delivered in order; the row goes with the last ack. Without a key an event
-is alone in its row. `LooseSource` gives out first attempts, `HeldSource` what has rows.
+is alone in its row. A parked key's row stands at its dead letter; when that is gone the store frees the row, and what comes after
+it is delivered like all else that has a row. `LooseSource` gives out first attempts, `HeldSource` what has rows.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from eventbus._held import Held, Hold
 from eventbus._intake import READ_AGAIN
 from eventbus._lanes import Lane
 from eventbus._outcomes import Attempt, Failure, conflict_of, death_of, summary_of
@@ -32,44 +32,17 @@ WINDOW = 1_000
 """Positions that may be settled above the checkpoint; then the event that blocks it gets a row."""
 HELD = 1_000
 """Rows that a lane may have; then it gives out no first attempts until one goes."""
+PARKED = 10_000
+"""Keys that may be parked in a lane, each some 320 bytes here; then it gives out no first attempts until one is freed."""
 _BACKLOG = 64
 _BACKLOG_BYTES = 262_144
-
-Hold = str | int
-"""What a row stands for: a key, or the position of a single event."""
-
-
-class Held(msgspec.Struct, eq=False):
-    """A row of `deliveries`, and how far its events have been read.
-
-    Attributes:
-        row: the position that the row stands at in the store.
-        up_to: the last position that is known to be held by it.
-        backlog: events to deliver, read for it; complete up to `read_to`.
-        active: its backlog was read, or is being read, and it is being worked off.
-    """
-
-    hold: Hold
-    row: int
-    up_to: int
-    attempts: int = 0
-    first_failed_at: float | None = None
-    backlog: deque[Record] = msgspec.field(default_factory=deque)
-    read_to: int = 0
-    active: bool = False
-    reading: bool = False
-    running: bool = False
-
-    @property
-    def key(self) -> str | None:
-        """The key, or None for a single event."""
-        return self.hold if isinstance(self.hold, str) else None
 
 
 class LooseSource:
     """The log, given out in order of position; an event is not waited for by those of other keys."""
 
     beside = False
+    replay: object = None
 
     def __init__(self, lane: Lane, intake: Intake, state: LaneState, *, by_key: bool) -> None:
         self._lane = lane
@@ -93,6 +66,26 @@ class LooseSource:
         """Rows of this lane."""
         return len(self.held)
 
+    @property
+    def parked(self) -> int:
+        """Keys of this lane that are parked."""
+        return self.held.parked
+
+    def hindrance(self) -> str | None:
+        """Why it gives out no first attempts, if something must be done about it."""
+        if self.held.parked < PARKED:
+            return None
+        return f"{self.held.parked} keys are parked in this lane: redrive or discard their dead letters"
+
+    def free(self, position: int) -> None:
+        """The store has freed what was parked behind the dead letter at this position."""
+        self.held.free(position)
+        self._lane.wake()
+
+    def parks(self, record: Record) -> bool:
+        """Whether an event waits behind its key's dead letter."""
+        return self.held.parks(self.hold_of(record), record.position)
+
     def hold_of(self, record: Record) -> Hold:
         """What a row for this event would stand for."""
         return record.key if self._by_key and record.key is not None else record.position
@@ -105,7 +98,7 @@ class LooseSource:
         """The next event whose key is not held."""
         if not self._back and len(self._window) >= WINDOW:
             self._give_row_to_first()
-        while len(self.held) < HELD and (record := self._pop()) is not None:
+        while not self.held.is_full() and (record := self._pop()) is not None:
             position = record.position
             if position in self._settled_before:
                 self._settled_before.discard(position)
@@ -147,11 +140,15 @@ class LooseSource:
             return
         lane.flush()
         self._settle(position)
-        if failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause"):
+        dies = failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause")
+        if dies and not self.held.is_to_park(attempt.record.key):
             lane.send("log", position, death=death_of(failure, attempt.number, None))
             return
         held = Held(self.hold_of(attempt.record), position, position, attempt.number, failure.now)
-        self.held.wait(held, failure, "log")
+        if dies:
+            self.held.park(held, failure, "log")
+        else:
+            self.held.wait(held, failure, "log")
 
     def given_back(self, attempt: Attempt) -> None:
         """It is next again. It stays in the window: later ones may be settled, and the checkpoint must not pass it."""
@@ -206,6 +203,7 @@ class HeldSource:
     """What has rows: events of held keys, and single events that wait for another attempt."""
 
     beside = False
+    replay: object = None
 
     def __init__(self, lane: Lane, log: LooseSource, accepts: Callable[[Record], bool], types: tuple[str, ...] | None) -> None:
         self._lane = lane
@@ -217,9 +215,20 @@ class HeldSource:
         self._tie = itertools.count()
         self._active: list[Held] = []
         self._unconfirmed: deque[tuple[Hold, Unit]] = deque()  # units that remove a row
+        self._parked: dict[int, Held] = {}  # by the position of the dead letter
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def parked(self) -> int:
+        """How many keys are parked."""
+        return len(self._parked)
+
+    def is_full(self) -> bool:
+        """Whether there must be no more rows. Parked ones cost little, and may wait for weeks."""
+        parked = len(self._parked)
+        return len(self._held) - parked >= HELD or parked >= PARKED
 
     def load(self, rows: Iterable[Waiting]) -> None:
         """Rows from the store, at the start."""
@@ -227,9 +236,30 @@ class HeldSource:
             hold: Hold = row.position if row.key is None else row.key
             up_to = row.position if row.key is None else self._log.checkpoint
             held = Held(hold, row.position, up_to, row.attempt, row.first_failed_at)
+            held.after, held.parked = row.begins > row.position, row.state == "parked"
             self._held[hold] = held
-            now = self._lane.environment.clock.time()
-            self._wait(held, seconds_until(row.due_at, row.first_failed_at, now))
+            if held.parked:
+                held.first_failed_at = None  # the row's is that of its dead letter
+                self._parked[row.position] = held
+            else:
+                now = self._lane.environment.clock.time()
+                self._wait(held, seconds_until(row.due_at, row.first_failed_at, now))
+
+    def free(self, position: int) -> None:
+        """The store has freed a parked row: its dead letter is gone."""
+        held = self._parked.pop(position, None)
+        if held is not None:
+            held.parked = False
+            self._wait(held, 0.0)
+
+    def parks(self, hold: Hold, position: int) -> bool:
+        """Whether this event waits behind its key's dead letter."""
+        held = self._held.get(hold)
+        return held is not None and held.parked and held.begins <= position
+
+    def is_to_park(self, key: str | None) -> bool:
+        """Whether the death of an event with this key parks the key."""
+        return key is not None and self._lane.holder.options.on_exhausted == "park"
 
     def passes(self, hold: Hold, position: int) -> bool:
         """Whether a key is held; if so, this event of it is held as well."""
@@ -246,13 +276,13 @@ class HeldSource:
     def holds(self, hold: Hold, position: int) -> bool:
         """Whether this event waits in a row, by itself or behind its key, as far as the store knows."""
         held = self._held.get(hold) or self._held.get(position)
-        if held is not None and held.row <= position:
+        if held is not None and held.begins <= position:
             return True
         return any(unit.row is not None and unit.row <= position for of, unit in self._unconfirmed if of in (hold, position))
 
     def holds_to(self, position: int) -> bool:
-        """Whether something up to a position is held."""
-        return any(held.row <= position for held in self._held.values())
+        """Whether something up to a position is held that is not parked."""
+        return any(held.begins <= position for held in self._held.values() if not held.parked)
 
     def unconfirmed_to(self, position: int) -> bool:
         """Whether the removal of a row up to a position is not in the store yet."""
@@ -289,13 +319,17 @@ class HeldSource:
         """The row waits again, or the event is given up and the next one of its key has its turn."""
         attempt, lane = failure.attempt, self._lane
         held = self._of(attempt)
-        if failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause"):
+        dies = failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause")
+        if dies and not self.is_to_park(held.key):
             self._go_on(attempt, death=death_of(failure, attempt.number, held.first_failed_at))
             return
         row = held.row
-        held.row, held.attempts = attempt.record.position, attempt.number
+        held.row, held.after, held.attempts = attempt.record.position, False, attempt.number
         held.first_failed_at = failure.now if held.first_failed_at is None else held.first_failed_at
-        self.wait(held, failure, "row", row)
+        if dies:
+            self.park(held, failure, "row", row)
+        else:
+            self.wait(held, failure, "row", row)
 
     def given_back(self, attempt: Attempt) -> None:
         """It is next again."""
@@ -310,7 +344,7 @@ class HeldSource:
         """Every row is due, at attempt 1."""
         self._due.clear()
         for held in self._held.values():
-            if not held.active:
+            if not held.active and not held.parked:
                 held.attempts, held.first_failed_at = 0, None
                 self._wait(held, 0.0)
 
@@ -326,12 +360,28 @@ class HeldSource:
         self._held[held.hold] = held
         self._rest(held)
         self._wait(held, failure.delay or 0.0)
-        if source == "log":
-            lane.send("log", held.row, rows=(waiting,), pause=pause)
-        else:
-            self._send(held, row, held.row, rows=(waiting,), pause=pause)
+        self._write(held, source, row, rows=(waiting,), pause=pause)
         if pause is not None:
             lane.holder.pause(pause)
+
+    def park(self, held: Held, failure: Failure, source: str, row: int | None = None) -> None:
+        """The first event of a key is a dead letter from now on, and its row says that the later ones wait behind it."""
+        death = death_of(failure, held.attempts, held.first_failed_at)
+        held.parked = held.after = True
+        held.attempts, held.first_failed_at = 0, None
+        self._held[held.hold] = self._parked[held.row] = held
+        self._rest(held)
+        waiting = Waiting(held.row, held.key, 0, failure.now, "parked", death.first_failed_at, summary_of(failure.error))
+        self._write(held, source, row, rows=(waiting,), death=death)
+        _log.warning("%s: the key %r is parked behind its dead letter at %d", self._lane.holder.options.name, held.key, held.row)
+        self._lane.tell_waiters()
+
+    def _write(self, held: Held, source: str, row: int | None, **parts: Any) -> None:
+        """Send what became of an event that the log has given out, or a row."""
+        if source == "log":
+            self._lane.send("log", held.row, **parts)
+        else:
+            self._send(held, row, held.row, **parts)
 
     def add_running(self, position: int) -> None:
         """A first attempt that takes long gets a row; it stays with the worker that runs it."""
@@ -351,9 +401,9 @@ class HeldSource:
         held.running = False
         held.attempts, held.first_failed_at = 0, None
         if held.backlog:
-            held.backlog.popleft()
+            held.backlog.pop(0)
         if held.backlog:
-            held.row = held.backlog[0].position
+            held.row, held.after = held.backlog[0].position, False
             now = self._lane.environment.clock.time()
             self._send(held, row, attempt.record.position, rows=(Waiting(held.row, held.key, 0, now),), **parts)
         else:
@@ -397,7 +447,7 @@ class HeldSource:
             reader.ask_then(EventsAt((held.row,)), lambda answer: self._on_read(held, held.up_to, answer))
             return
         up_to = held.up_to
-        after = held.backlog[-1].position if held.backlog else held.row - 1  # a bound below the row
+        after = held.backlog[-1].position if held.backlog else held.begins - 1  # a bound below what is held
         query = Events(max(after, held.read_to), _BACKLOG, _BACKLOG_BYTES, until=up_to, types=self.types, key=held.key)
         reader.ask_then(query, lambda answer: self._on_read(held, up_to, answer))
 
@@ -421,8 +471,9 @@ class HeldSource:
             self._read(held)
 
     def _lose(self, held: Held) -> None:
-        """The events of a row are not in the log any more: the row goes."""
-        _log.warning("%s: the event at %d is gone from the log", self._lane.holder.options.name, held.row)
+        """A row holds nothing: it goes. That is as it should be where nothing came after a parked event; else it is told."""
+        if not held.after:
+            _log.warning("%s: the event at %d is gone from the log", self._lane.holder.options.name, held.row)
         del self._held[held.hold]
         self._rest(held)
         self._send(held, held.row, held.row)

@@ -27,6 +27,7 @@ from eventbus.stores.base import (
     Release,
     Stand,
     Standing,
+    Subscribed,
     Suspicions,
     Types,
     WaitingRows,
@@ -64,7 +65,7 @@ class Membership:
         self._instance = instance
         self._lease = lease
         self._shared = shared
-        self._joined = self._leaving = False
+        self._joined = self._leaving = self._failing = False
         self._shares: Mapping[LaneKey, str | None] = {}
         self._holds: list[str] = []
         self._seen = -1  # of the standing's changes
@@ -90,7 +91,9 @@ class Membership:
             except BusNotOpen:
                 return
             except EventBusError as error:
-                _log.error("the lease of this instance could not be renewed, trying again: %s", error)
+                if not self._failing:
+                    _log.error("the lease of this instance could not be renewed, trying again: %s", error)
+                self._failing = True
                 self._journal.renew_at = self._environment.lease_clock() + min(RETRY, self._lease / RENEWALS)
 
     def poke(self) -> None:
@@ -113,12 +116,13 @@ class Membership:
             self._at_rest.set()
 
     async def _step(self) -> None:
+        # What is done here from now on need not be in the standing; what was done before goes with the renewal.
+        before = {serving: (serving.stored, serving.pauses) for serving in self._dispatcher.servings.values()}
         await self.renew()
         lanes = self._dispatcher.lanes()
-        pauses = {serving: serving.pauses for serving in self._dispatcher.servings.values()}
         self.standing = standing = await self._reader.ask(Stand())
         self._journal.notice_every = math.inf if not self._shared else NOTICE_ALONE if self.is_alone() else NOTICE_INTERVAL
-        self._follow(standing, pauses)
+        self._follow(standing, before)
         self._give_up(standing, lanes)
         await self._change_generations()
         head, known = self._dispatcher.head, await self._reader.ask(Types())
@@ -148,7 +152,7 @@ class Membership:
             _log.warning("the others have taken this instance for dead: its lease had ended. It begins anew")
             for lane in self._dispatcher.lanes():
                 self.lose(lane)
-        self._joined = True
+        self._joined, self._failing = True, False
         lapsed = self._environment.deadline <= begun
         if self._shared:
             self._environment.deadline = begun + self._lease
@@ -168,16 +172,18 @@ class Membership:
 
     # -------------------------------------------------------------- what others have changed
 
-    def _follow(self, standing: Standing, pauses: Mapping[Serving, int]) -> None:
-        """What others have done to the subscriptions holds here as well."""
+    def _follow(self, standing: Standing, before: Mapping[Serving, tuple[Subscribed, int]]) -> None:
+        """What others have done to the subscriptions holds here as well; but not where something was done here meanwhile."""
         stored = {each.name: each for each in standing.subscriptions}
         for name, serving in list(self._dispatcher.servings.items()):
             if name not in stored:
                 _log.warning("the subscription %r was removed by another instance", name)
                 self._dispatcher.remove(serving)
                 continue
-            serving.follow(stored[name])
-            if pauses.get(serving) == serving.pauses:
+            known, pauses = before.get(serving, (None, 0))
+            if known is serving.stored:
+                serving.follow(stored[name])
+            if known is not None and pauses == serving.pauses:
                 serving.follow_pause(stored[name].paused)
         self._dispatcher.note_others(standing.subscriptions)
 

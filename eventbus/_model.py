@@ -222,7 +222,7 @@ class ReplaySummary:
     dry_run: bool = False
 
 
-SubscriptionState = Literal["running", "paused", "no handler", "not dispatched here", "blocked"]
+SubscriptionState = Literal["running", "paused", "no handler", "not dispatched here", "blocked", "circuit open"]
 
 
 @attrs.frozen
@@ -254,7 +254,8 @@ class SubscriptionStats:
     Attributes:
         state, reason: see `SubscriptionInfo`.
         lag: events not settled yet, counted up to 10,000. lag_seconds: age of the oldest of them, 0.0 without one.
-        retrying: deliveries that wait for another attempt. dead: its dead letters.
+        retrying: deliveries that wait for another attempt. parked: keys that wait behind a dead letter; the events of them are
+            part of `lag`. dead: its dead letters.
         running: attempts running now. stuck: threads of handlers that have outlived their timeout.
         handled, failed: attempts since the bus was opened that ended with an ack, or did not.
     """
@@ -264,6 +265,7 @@ class SubscriptionStats:
     lag: int
     lag_seconds: float
     retrying: int
+    parked: int
     dead: int
     running: int
     stuck: int

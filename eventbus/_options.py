@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Durability = Literal["full", "fast"]
 
+PRUNE_EVERY = 60.0
+"""Seconds between two applications of the retention, at most."""
+
 
 class Keeping(msgspec.Struct, frozen=True):
     """How long things are kept; seconds."""
@@ -98,9 +101,9 @@ def key_of(key: object) -> str:
     return text
 
 
-def prune_every(retention: timedelta | None, most: float) -> float:
-    """Seconds between two applications of the retention: half of it, at least 0.5 s and at most `most`."""
-    return most if retention is None else min(most, max(0.5, retention.total_seconds() / 2))
+def prune_every(retention: timedelta | None) -> float:
+    """Seconds between two applications of the retention: half of it, at least 0.5 s and at most `PRUNE_EVERY`."""
+    return PRUNE_EVERY if retention is None else min(PRUNE_EVERY, max(0.5, retention.total_seconds() / 2))
 
 
 def check_durability(durability: object) -> None:

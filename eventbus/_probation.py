@@ -20,7 +20,7 @@ from eventbus.errors import EventBusError, ProcessDied
 from eventbus.stores.base import Mark, Marking, Suspicion
 
 if TYPE_CHECKING:
-    from eventbus._journal import Journal
+    from eventbus._lanes import Environment
     from eventbus._timers import Timers
 
 _log = logging.getLogger("eventbus")
@@ -97,11 +97,11 @@ class Probation:
         pending: attempts that were taken, and wait to be marked or to be alone; they count as running in the lane.
     """
 
-    def __init__(self, lane: Lane, suspicion: Suspicion, instance: str, journal: Journal, solo: Solo) -> None:
+    def __init__(self, lane: Lane, suspicion: Suspicion, environment: Environment, solo: Solo) -> None:
         self.pending = 0
         self._lane = lane
-        self._instance = instance
-        self._journal = journal
+        self._instance = environment.instance
+        self._journal = environment.journal
         self._solo = solo
         self._suspects = {mark.position: mark.deaths for mark in suspicion.marks}
         self._left = AHEAD

@@ -227,6 +227,7 @@ class Replay:
         *,
         rate: float | None,
         dry_run: bool,
+        exclusive: bool,
         progress: Progress | None,
     ) -> None:
         self._dispatcher = dispatcher
@@ -238,6 +239,7 @@ class Replay:
         self._stretch = stretch
         self._rate = rate
         self._dry_run = dry_run
+        self._exclusive = exclusive and not dry_run
         self._progress = progress
         self._portions: deque[_Portion] = deque()
         self._sources: dict[Lane, SideSource] = {}
@@ -249,6 +251,7 @@ class Replay:
     async def run(self) -> ReplaySummary:
         """Deliver the stretch; returns when every delivery of it has ended."""
         pins, after = self._dispatcher.pins, self._stretch.after
+        held_back = self._hold_back()
         pins.append(after)
         held = [] if self._dry_run else [target.options.name for target in self._targets]
         try:
@@ -265,7 +268,23 @@ class Replay:
             self._over = True
             pins.remove(self._stretch.after)
             self._membership.let_go(held)
+            for target in held_back:
+                target.hold_back(None)
         return self._summary()
+
+    def _hold_back(self) -> list[Serving]:
+        """Have the subscriptions give out nothing but this replay, if it is exclusive."""
+        if not self._exclusive:
+            return []
+        taken = [target.options.name for target in self._targets if target.exclusive is not None]
+        if taken:
+            raise ConfigurationError(
+                f"an exclusive replay to {', '.join(map(repr, taken))} is running; begin another when it is over"
+            )
+        held_back = list(self._targets)
+        for target in held_back:
+            target.hold_back(self)
+        return held_back
 
     def _summary(self) -> ReplaySummary:
         counts = self._counts
@@ -310,7 +329,7 @@ class Replay:
             portion.open += len(some)
             source = self._sources.get(lane)
             if source is None:
-                source = self._sources[lane] = SideSource(lane)
+                source = self._sources[lane] = SideSource(lane, self)
             source.add(some)
 
     def _goes_on(self) -> bool:

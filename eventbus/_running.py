@@ -98,9 +98,9 @@ class Running:
             self._schedule,
             lambda moment: notify(settings.hooks, moment),
             store.monotonic,
+            self.instance.id,
         )
         self.dispatcher = Dispatcher(self.environment, self.decoder, self.encoder, Budget(WAITING_BYTES))
-        self.dispatcher.instance = self.instance.id
         self.environment.solo = Solo(self.dispatcher.lanes, self.timers)
         self.pool = Pool(self.environment, settings.workers, "eventbus", handler_context())
         self.upkeep = Upkeep(self.dispatcher, self.journal, self.reader, settings.keeping)
@@ -213,6 +213,9 @@ class Running:
     async def _stop(self, timeout: float) -> None:
         try:
             await self.pool.stop(timeout)
+            for serving in self.dispatcher.servings.values():
+                if serving.circuit is not None:
+                    await serving.circuit.at_rest.wait()
             self.dispatcher.close()
             self.elsewhere.stepped()
             self._interrupt_replays()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from eventbus._intake import Budget, Feed, Intake
+from eventbus._circuit import Circuit
+from eventbus._intake import READ_AGAIN, Budget, Feed, Intake
 from eventbus._lanes import Lane
 from eventbus._loose import HeldSource, LooseSource
 from eventbus._model import Delivery, Draft
@@ -32,6 +33,7 @@ from eventbus.stores.base import (
     Serves,
     Subscribed,
     WaitingRow,
+    WaitingRows,
     lane_name,
     since_of,
     slots_of,
@@ -64,19 +66,25 @@ class Serving:
         self.paused = stored.paused
         self.pauses = 0
         """How often it was paused or resumed here."""
+        breaker = options.breaker
+        self.circuit = None
+        if breaker is not None:
+            in_turn = options.order in ("key", "none")
+            self.circuit = Circuit(self, breaker, dispatcher.environment, in_turn=in_turn)
         self._cannot: set[str] = set()  # lanes with events that cannot be decoded here
         self._starts: dict[str, float] = {}
         self.lanes: dict[str, Lane] = {}
         self.claiming: set[str] = set()  # lanes that the store is asked for
         self.feeds: dict[str, Feed] = {}  # by lane for order "type", one for all lanes otherwise
-        self.rewinding = False
+        self.rewinding = 0
+        self.exclusive: object = None
         self.closed = False
         self.stuck = 0
         self.workers = 0
         self.delayed: list[Lane] = []
         self.handled = 0
         self.failed = 0
-        self.redriver = Redriver(options.name, dispatcher.environment, self.lane_of, self._want_lane)
+        self.redriver = Redriver(self, dispatcher.environment, self._want_lane)
 
     # -------------------------------------------------------------- types and lanes
 
@@ -86,7 +94,7 @@ class Serving:
         The events of these must not be passed by, so the lane waits at them.
         """
         knows = self._dispatcher.decoder.knows
-        declared = self.registration.types
+        declared = tuple(t for t in self.registration.types if t in stored.since)  # others are about to join
         return (*declared, *(t for t in stored.derived if t not in declared and not knows(t)))
 
     def wants(self, type: str) -> bool:
@@ -156,29 +164,65 @@ class Serving:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Its lanes are being set back, or removed, in the store: give out nothing until that is done."""
-        self.rewinding = True
-        for lane in self.lanes.values():
-            lane.recall()
+        self.begin_change()
         try:
             yield
         finally:
-            self.rewinding = False
-            for lane in self.lanes.values():
-                lane.wake()
+            self.end_change()
+
+    def begin_change(self) -> None:
+        """See `changing`."""
+        self.rewinding += 1
+        for lane in self.lanes.values():
+            lane.recall()
+
+    def end_change(self) -> None:
+        """See `changing`."""
+        self.rewinding -= 1
+        for lane in self.lanes.values():
+            lane.wake()
+
+    def hold_back(self, replay: object) -> None:
+        """Give out nothing but what belongs to this replay; with None, everything again. Nothing of it is stored."""
+        self.exclusive = replay
+        for lane in self.lanes.values():
+            if replay is not None:
+                lane.recall()
+            lane.tell_waiters()
+            lane.wake()
+        self.redriver.changed()
 
     def rewound(self, after: int, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
         """Its lanes have been set back, these rows are left; what they were doing does not count any more."""
         since = {name: min(start, after) for name, start in self.since.items()}
         floors = tuple(floor.down_to(after) for floor in self.stored.floors)
         self.follow(msgspec.structs.replace(self.stored, since=since, floors=floors))
+        self._restart(states, rows)
+        self.redriver.kick()  # a redrive whose outcome was left out with the others is made again
+
+    def was_set_back(self, states: Sequence[LaneState], done: Callable[[], object]) -> None:
+        """Some of its lanes have been set back; they begin again when it is read what waits in them."""
+        environment, which = self._dispatcher.environment, WaitingRows(self.options.name)
+
+        def read(rows: Sequence[WaitingRow] | BaseException) -> None:
+            if isinstance(rows, BaseException):
+                _log.error("%s: it could not be read what waits, trying again: %s", self.options.name, rows)
+                environment.timers.after(READ_AGAIN, lambda: environment.reader.ask_then(which, read))
+                return
+            self._restart(states, rows)
+            done()
+
+        environment.reader.ask_then(which, read)
+
+    def _restart(self, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
         for state in states:
             lane = self.lanes.get(state.lane)
-            if lane is not None:
+            if lane is not None and lane.epoch < state.epoch:
                 intake = lane.log.intake
                 intake.reset(state.checkpoint)
                 lane.restart(state, *self._sources(lane, intake, state, rows))
                 intake.feed.read()
-        self.redriver.kick()  # a redrive whose outcome was left out with the others is made again
+                lane.wake()
 
     def lane_of(self, record: Record) -> Lane | None:
         """The lane that an event of it belongs to."""
@@ -187,6 +231,17 @@ class Serving:
         if not self.wants(record.type):
             return None
         return self.lanes.get(lane_name(self.options.order, self.options.concurrency, record.type, record.slot))
+
+    def parks(self) -> bool:
+        """Whether a key of it is parked."""
+        return any(lane.log.parked for lane in self.lanes.values())
+
+    def free(self, rows: Sequence[WaitingRow]) -> None:
+        """The store has freed what was parked in these rows."""
+        for row in rows:
+            lane = self.lanes.get(row.lane)
+            if lane is not None:
+                lane.log.free(row.waiting.position)
 
     def _want_lane(self, type: str) -> bool:
         """Ask for the lane of a type of which nothing is in the log; False if none will come of it."""
@@ -279,6 +334,8 @@ class Serving:
         """Give out deliveries again; what waits starts at attempt 1."""
         self.paused = None
         self.pauses += 1
+        if self.circuit is not None:
+            self.circuit.close()
         for lane in self.lanes.values():
             lane.log.retry_now()
             lane.wake()

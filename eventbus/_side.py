@@ -12,18 +12,19 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from eventbus._lanes import Lane
 from eventbus._outcomes import Attempt, Failure, conflict_of, death_of
 from eventbus._retry import seconds_until
-from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, Record
+from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, Record, WaitingRow, WaitingRows
 
 if TYPE_CHECKING:
     from eventbus._lanes import Environment
     from eventbus._loop import Waiter
+    from eventbus._subscription import Subscription
 
 _log = logging.getLogger("eventbus")
 
@@ -49,12 +50,17 @@ class Item(msgspec.Struct, eq=False):
 
 
 class SideSource:
-    """Items of one lane; part of the lane's sources while it has any."""
+    """Items of one lane; part of the lane's sources while it has any.
+
+    Args:
+        replay: what the items belong to; None for redrives.
+    """
 
     beside = True
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, replay: object = None) -> None:
         self._lane = lane
+        self.replay = replay
         self._items: deque[Item] = deque()
         self._waiting: list[tuple[float, int, Item]] = []  # monotonic
         self._tie = itertools.count()
@@ -145,23 +151,33 @@ class SideSource:
             self._lane.sources.remove(self)
 
 
+class Parking(Protocol):
+    """The subscription, as the redriver sees it."""
+
+    options: Subscription
+
+    def lane_of(self, record: Record) -> Lane | None:
+        """The lane that an event of it belongs to."""
+
+    def parks(self) -> bool:
+        """Whether a key of it is parked."""
+
+    def free(self, rows: Sequence[WaitingRow]) -> None:
+        """The store has freed what was parked in these rows."""
+
+
 class Redriver:
-    """Brings a subscription's dead letters that are being redriven to its lanes, a bounded number at a time.
+    """Brings a subscription's dead letters that are being redriven to its lanes, a bounded number at a time, and tells the
+    lanes which keys the store has freed.
 
     Those that cannot be redriven now hide none of those behind them: what waits for another attempt is read again when it is due;
     what is of a lane that gives nothing out, from the start, when that may have changed.
     """
 
-    def __init__(
-        self,
-        subscription: str,
-        environment: Environment,
-        lane_of: Callable[[Record], Lane | None],
-        want_lane: Callable[[str], bool],
-    ) -> None:
-        self._subscription = subscription
+    def __init__(self, serving: Parking, environment: Environment, want_lane: Callable[[str], bool]) -> None:
+        self._serving = serving
+        self._subscription = serving.options.name
         self._environment = environment
-        self._lane_of = lane_of
         self._want_lane = want_lane  # asks for the lane of a type, after which comes a `kick`; False if there will be none
         self._lane_is_coming = False
         self._sources: dict[Lane, SideSource] = {}
@@ -170,6 +186,8 @@ class Redriver:
         self._skipped = 0  # … that were read, and are of lanes that give nothing out
         self._after = 0
         self._reading = False
+        self._looking = False  # for freed keys
+        self._looks = 0
         self._ended: set[int] = set()  # … since the reading began: its answer may still have them
         self._again = False
         self._waiters: list[Waiter] = []
@@ -187,14 +205,14 @@ class Redriver:
     @property
     def idle(self) -> bool:
         """Whether all of them have been settled."""
-        return not self._reading and not self.known and not self._lane_is_coming
+        return not self._reading and not self._looking and not self.known and not self._lane_is_coming
 
     @property
     def hindered(self) -> bool:
         """Whether all that is left waits in lanes that give nothing out."""
         busy = [lane for lane, source in self._sources.items() if source in lane.sources]
         hindered = all(lane.gives_nothing() for lane in busy) and bool(busy or self._skipped)
-        return hindered and not self._reading and not self._later
+        return hindered and not self._reading and not self._looking and not self._later
 
     def _has_room(self, most: int) -> bool:
         """Whether fewer than so many are in lanes that may give them out."""
@@ -214,8 +232,10 @@ class Redriver:
             waiter.set()
 
     def kick(self) -> None:
-        """There may be new ones, or a new lane: look from the start."""
+        """There may be new ones, or a new lane, or freed keys: look from the start."""
         self._lane_is_coming = False
+        if self._serving.parks():
+            self._look_for_freed()
         if self._reading:
             self._again = True
         else:
@@ -232,6 +252,25 @@ class Redriver:
         """Go on where the last page ended, if there is room again."""
         if self._after and not self._reading and self._has_room(KNOWN // 2):
             self._read()
+
+    def _look_for_freed(self) -> None:
+        # Always anew: an answer that is under way may have been given before what there is to be seen.
+        self._looks += 1
+        number = self._looks
+        self._looking = True
+        query = WaitingRows(self._subscription, "freed")
+        self._environment.reader.ask_then(query, lambda answer: self._on_freed(number, answer))
+
+    def _on_freed(self, number: int, rows: tuple[WaitingRow, ...] | BaseException) -> None:
+        if number != self._looks:
+            return
+        self._looking = False
+        if isinstance(rows, BaseException):
+            _log.error("the keys that were freed could not be read: %s", rows)
+            self._environment.timers.after(1.0, self.kick)
+            return
+        self._serving.free(rows)
+        self.changed()
 
     def _read(self) -> None:
         self._reading = True
@@ -260,7 +299,7 @@ class Redriver:
         self.changed()
 
     def _deliver(self, row: DeadLetterRow, *, due: bool = False) -> None:
-        lane = self._lane_of(row.record)
+        lane = self._serving.lane_of(row.record)
         if lane is None and self._want_lane(row.record.type):
             self._lane_is_coming = True
             return

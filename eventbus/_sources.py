@@ -20,9 +20,11 @@ class Source(Protocol):
 
     Attributes:
         beside: it delivers beside the log, as redrives and replays do.
+        replay: the replay that it belongs to, or None.
     """
 
     beside: bool
+    replay: object
 
     def take(self) -> Attempt | None:
         """The next attempt that can run now."""
@@ -45,6 +47,19 @@ class LogSource(Source, Protocol):
     @property
     def checkpoint(self) -> int:
         """Up to here everything is settled, or has a row."""
+
+    @property
+    def parked(self) -> int:
+        """Keys that wait behind a dead letter."""
+
+    def hindrance(self) -> str | None:
+        """Why it gives nothing more out, if something must be done about it."""
+
+    def parks(self, record: Record) -> bool:
+        """Whether an event waits behind its key's dead letter."""
+
+    def free(self, position: int) -> None:
+        """The store has freed what was parked behind the dead letter at this position."""
 
     def done(self) -> tuple[int, ...]:
         """Positions above the checkpoint that are settled."""

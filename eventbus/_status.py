@@ -79,6 +79,8 @@ class Status:
             return DeliveryStatus.PENDING
         for row in await self._reader.ask(WaitingRows(stored.name)):
             if _holds(row, lane, record):
+                if row.waiting.state == "parked":
+                    return DeliveryStatus.PARKED
                 at_it = row.waiting.position == record.position and row.waiting.attempt > 0
                 return DeliveryStatus.RETRYING if at_it else DeliveryStatus.PENDING
         if record.position <= lane.checkpoint or record.position in lane.done:
@@ -144,7 +146,8 @@ class Status:
             reason,
             lag,
             0.0 if oldest is None else max(0.0, now - oldest),
-            len(rows) + sum(1 for lane in lanes if lane.attempt),
+            sum(1 for row in rows if row.waiting.state != "parked") + sum(1 for lane in lanes if lane.attempt),
+            sum(1 for row in rows if row.waiting.state == "parked"),
             dead.get(stored.name, 0),
             0 if serving is None else sum(lane.running for lane in serving.lanes.values()),
             0 if serving is None else serving.stuck,
@@ -194,6 +197,8 @@ class Status:
         if serving is None:
             dispatched = self._dispatcher.others.get(stored.name, (stored, "no handler"))[1]
             return ("not dispatched here", None) if dispatched == "not dispatched here" else ("no handler", None)
+        if serving.circuit is not None and serving.circuit.is_open:
+            return "circuit open", f"{serving.circuit.reason}; tried again at {to_datetime(serving.circuit.due):%H:%M:%S} UTC"
         if serving.waits_for is not None:
             return "blocked", serving.waits_for
         blocked = next((lane.blocked for lane in serving.lanes.values() if lane.blocked is not None), None)
@@ -203,6 +208,6 @@ class Status:
 def _holds(row: WaitingRow, lane: LaneState, record: Record) -> bool:
     """Whether a row of `deliveries` stands for this event."""
     waiting = row.waiting
-    if waiting.position == record.position:
-        return True
-    return waiting.key is not None and waiting.key == record.key and waiting.position <= record.position <= lane.checkpoint
+    if waiting.key is None:
+        return waiting.position == record.position
+    return waiting.key == record.key and waiting.begins <= record.position <= lane.checkpoint

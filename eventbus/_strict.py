@@ -22,6 +22,7 @@ class StrictSource:
     """The log in strict order: the next event is given out when the one before it is settled."""
 
     beside = False
+    replay: object = None
 
     def __init__(self, lane: Lane, intake: Intake, state: LaneState) -> None:
         self._lane = lane
@@ -45,6 +46,21 @@ class StrictSource:
     def waiting(self) -> int:
         """1 while an event waits for another attempt."""
         return int(self._attempts > 0)
+
+    @property
+    def parked(self) -> int:
+        """No key is parked in strict order."""
+        return 0
+
+    def hindrance(self) -> None:
+        """It goes on by itself."""
+
+    def parks(self, _record: Record) -> bool:
+        """No event is."""
+        return False
+
+    def free(self, _position: int) -> None:
+        """Nothing is parked here."""
 
     def done(self) -> tuple[int, ...]:
         """Nothing is settled above the checkpoint."""

@@ -17,8 +17,9 @@ from typing import Any, Literal, NoReturn, TypeGuard, get_args
 
 import msgspec
 
+from eventbus._breaker import Breaker
 from eventbus._retry import RetryPolicy
-from eventbus.errors import InvalidSubscription, NotSupported
+from eventbus.errors import InvalidSubscription
 from eventbus.stores.base import LARGEST, Order
 
 OnExhausted = Literal["dead_letter", "pause", "park"]
@@ -56,6 +57,7 @@ class Subscription(msgspec.Struct, frozen=True, eq=False):
     timeout: float | None
     start: Start
     replay: bool
+    breaker: Breaker | None
     is_async: bool
     takes_delivery: bool
 
@@ -77,12 +79,12 @@ def subscription_of(
     timeout: float | None,
     start: Start,
     replay: bool,
+    breaker: Breaker | None,
 ) -> Subscription:
     """Check everything that can be checked without a bus or a store.
 
     Raises:
         InvalidSubscription: the handler or an option cannot work; the message says what to write instead.
-        NotSupported: an option that this version does not have.
     """
     classes, patterns = split_types(types)
     _check_callable(handler)
@@ -94,6 +96,8 @@ def subscription_of(
     _check_on_exhausted(say, on_exhausted, order)
     _check_timeout(say, timeout)
     _check_start(say, start)
+    if breaker is not None and not isinstance(breaker, Breaker):
+        say(f"breaker={breaker!r}; expected a Breaker, such as Breaker(failures=20), or None for no breaker")
     if not isinstance(replay, bool):
         say(f"replay={replay!r}; expected True or False")
     return Subscription(
@@ -108,6 +112,7 @@ def subscription_of(
         timeout=None if timeout is None else float(timeout),
         start=start,
         replay=replay,
+        breaker=breaker,
         is_async=_is_async(say, handler),
         takes_delivery=_takes_delivery(say, handler),
     )
@@ -231,13 +236,9 @@ def _check_retry(say: _Complaint, retry: object) -> None:
 
 def _check_on_exhausted(say: _Complaint, on_exhausted: object, order: Order) -> None:
     if on_exhausted not in get_args(OnExhausted):
-        say(f"on_exhausted={on_exhausted!r}; expected 'dead_letter' or 'pause'")
+        say(f"on_exhausted={on_exhausted!r}; expected 'dead_letter', 'pause' or 'park'")
     if on_exhausted == "park" and order != "key":
         say(f"on_exhausted='park' holds the later events of a key, so it needs order='key', not {order!r}")
-    if on_exhausted == "park":
-        raise NotSupported(
-            f"subscription {say.name!r}: on_exhausted='park' is not there yet in this version; use 'dead_letter' or 'pause'"
-        )
 
 
 def _check_timeout(say: _Complaint, timeout: object) -> None:

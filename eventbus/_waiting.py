@@ -86,7 +86,7 @@ class Waiting:
         lanes = self._dispatcher.lanes_of(record)
         blocked = {}
         for lane in lanes:
-            reason = self._deadlock(lane, record) or (None if lane.has_settled(record) else lane.hindrance())
+            reason = self._deadlock(lane, record) or (None if lane.has_settled(record) else lane.hindrance_of(record))
             if reason is not None:
                 blocked[lane.holder.options.name] = reason
         if not blocked:
@@ -132,7 +132,8 @@ class Waiting:
     async def drain(self, timeout: float | None) -> Mapping[str, int]:
         """See `EventBus.drain`."""
         # What others have published need not have been noticed yet.
-        head = max(self._dispatcher.head, (await self._reader.ask(LogState())).head)
+        stored = (await self._reader.ask(LogState())).head
+        head = max(stored, self._dispatcher.head)  # what comes after it is followed from here on
         cascade = Cascade(head)
         committed = self._dispatcher.environment.committed
         committed.append(cascade.follow)
@@ -149,12 +150,15 @@ class Waiting:
         await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
             await self._clear_all(serving, head)
-            redriver = serving.redriver
+            redriver, redriven = serving.redriver, False
             while not serving.closed and not redriver.idle and not redriver.hindered:
                 if serving.paused is not None and not redriver.reading:
                     break
                 self._dispatcher.check_open()
                 await redriver.wait_for_change()
+                redriven = True
+            if redriven and serving.paused is None:
+                await self._clear_all(serving, head)  # what was parked behind a dead letter follows it
         found = 0
         while found < len(cascade.found):
             record = cascade.found[found]
@@ -186,7 +190,7 @@ class Waiting:
         left: dict[str, int] = {}
         for name, serving in self._dispatcher.servings.items():
             count = 0
-            if not all(lane.clear_to(head) for lane in serving.lanes.values()):
+            if serving.parks() or not all(lane.clear_to(head) for lane in serving.lanes.values()):
                 count = await self._count(serving, head)
             count = count or await self._elsewhere.left(serving, head)
             count += serving.redriver.known

@@ -52,7 +52,21 @@ class DispatchHalted(msgspec.Struct, frozen=True):
     error: BaseException
 
 
-Moment = AttemptFailed | SubscriptionPaused | LaneBlocked | HandlerStuck | DispatchHalted
+class CircuitOpened(msgspec.Struct, frozen=True):
+    """Different events of a subscription failed one after the other: nothing more is delivered, but for one event at a time."""
+
+    subscription: str
+    reason: str
+
+
+class CircuitClosed(msgspec.Struct, frozen=True):
+    """An event was handled again: everything is delivered. `after`: seconds for which it was open."""
+
+    subscription: str
+    after: float
+
+
+Moment = AttemptFailed | SubscriptionPaused | LaneBlocked | HandlerStuck | DispatchHalted | CircuitOpened | CircuitClosed
 """What a hook is told."""
 
 Hook = Callable[[Moment], object]

@@ -19,8 +19,9 @@ from eventbus.stores._sqlite_members import Lives, beat, claim, mark, release
 from eventbus.stores._sqlite_prune import prune
 from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, subscriptions
 from eventbus.stores._sqlite_register import Registering
+from eventbus.stores._sqlite_revive import revive
 from eventbus.stores._sqlite_rows import EventRow, event_json, one, record_of, to_micros
-from eventbus.stores._sqlite_units import write_lanes
+from eventbus.stores._sqlite_units import FREE, write_lanes
 from eventbus.stores.base import (
     Beat,
     Cancel,
@@ -36,6 +37,7 @@ from eventbus.stores.base import (
     Redrive,
     Register,
     Release,
+    Revive,
     Rewind,
     Subscribed,
     Unsubscribe,
@@ -106,7 +108,7 @@ class Commands:
         )
         if resumed:
             self._connection.execute(
-                "UPDATE deliveries SET attempt = 0, due_at = ? WHERE subscription = ?",
+                "UPDATE deliveries SET attempt = 0, due_at = ? WHERE subscription = ? AND state <> 'parked'",
                 (to_micros(self._now), command.subscription),
             )
             waiting = [state for state in lanes(self._connection, command.subscription) if state.attempt or state.due_at]
@@ -154,6 +156,10 @@ class Commands:
         if rewound:
             write_lanes(self._connection, rewound)
         return rewound
+
+    def revive(self, command: Revive) -> tuple[LaneState, ...]:
+        """See `Revive`."""
+        return revive(self._connection, command, self._now)
 
     # -------------------------------------------------------------- scheduled events
 
@@ -209,6 +215,9 @@ class Commands:
     def discard(self, command: Discard) -> int:
         """See `Discard`."""
         condition, values = dead_letter_condition(command.filter)
+        values["now"] = to_micros(self._now)
+        ended = f"(subscription, position) IN (SELECT e.subscription, e.position FROM dead_letters e WHERE {condition})"
+        self._connection.execute(f"{FREE} due_at = :now WHERE state = 'parked' AND {ended}", values)
         return self._connection.execute(f"DELETE FROM dead_letters AS e WHERE {condition}", values).rowcount
 
     # -------------------------------------------------------------- the rest
@@ -229,6 +238,7 @@ _DO: Mapping[type, Callable[[Commands, Any], object]] = {
     Release: Commands.release,
     Marking: Commands.mark,
     Rewind: Commands.rewind,
+    Revive: Commands.revive,
     Promote: Commands.promote,
     Cancel: Commands.cancel,
     Redrive: Commands.redrive,

@@ -91,9 +91,10 @@ class _Needs(msgspec.Struct):
         needs = cls(subscriptions(connection), states, {}, {})
         for row in waiting_rows(connection, None):  # by position, so a key's first comes first
             waiting = row.waiting
-            needs.waiting.setdefault(row.subscription, set()).add(waiting.position)
-            if waiting.key is not None:
-                needs.keys.setdefault((row.subscription, waiting.key), waiting.position)
+            if waiting.key is None:
+                needs.waiting.setdefault(row.subscription, set()).add(waiting.position)
+            else:
+                needs.keys.setdefault((row.subscription, waiting.key), waiting.begins)
         return needs
 
     def needed(self, event: _Row) -> bool:

@@ -261,7 +261,8 @@ def _lag_of_rows(connection: Connection, query: LagOfRows) -> tuple[int, float |
         "SELECT e.time AS time FROM deliveries d CROSS JOIN events e ON e.position = d.position "
         "WHERE d.subscription = :name AND d.key IS NULL "
         "UNION ALL SELECT e.time FROM deliveries d CROSS JOIN lanes l ON l.subscription = d.subscription AND l.lane = d.lane "
-        "CROSS JOIN events e INDEXED BY events_key ON e.key = d.key AND e.position BETWEEN d.position AND l.checkpoint "
+        "CROSS JOIN events e INDEXED BY events_key ON e.key = d.key AND e.position BETWEEN "
+        "d.position + (d.state IN ('parked', 'freed')) AND l.checkpoint "
         f"WHERE d.subscription = :name AND d.key IS NOT NULL {types}) LIMIT :limit)"
     )
     parameters = {"name": query.subscription, "limit": query.limit} | _type_parameters(query.types, 0)
@@ -306,10 +307,11 @@ def lanes(connection: Connection, subscription: str | None) -> tuple[LaneState, 
     return tuple(sorted(found, key=lambda state: (state.subscription, state.lane)))
 
 
-def waiting_rows(connection: Connection, subscription: str | None) -> tuple[WaitingRow, ...]:
+def waiting_rows(connection: Connection, subscription: str | None, state: str | None = None) -> tuple[WaitingRow, ...]:
     """The waiting deliveries of all subscriptions, or of one, by position."""
-    source = "FROM deliveries" if subscription is None else "FROM deliveries WHERE subscription = :name"
-    found = ask(connection, WAITING_JSON, source, {"name": subscription}, WAITING_ROWS, waiting_of)
+    of_one = "true" if subscription is None else "subscription = :name"
+    source = f"FROM deliveries WHERE {of_one} AND {'true' if state is None else 'state = :state'}"
+    found = ask(connection, WAITING_JSON, source, {"name": subscription, "state": state}, WAITING_ROWS, waiting_of)
     return tuple(sorted(found, key=lambda row: (row.waiting.position, row.subscription)))
 
 
@@ -430,7 +432,7 @@ _ANSWERS: Mapping[type, Callable[[Connection, Any], object]] = {
     Suspicions: lambda connection, _: _suspicions(connection),
     Stand: lambda connection, _: _standing(connection),
     Lanes: lambda connection, query: lanes(connection, query.subscription),
-    WaitingRows: lambda connection, query: waiting_rows(connection, query.subscription),
+    WaitingRows: lambda connection, query: waiting_rows(connection, query.subscription, query.state),
     DeadLetters: _dead_letters,
     CountDeadLetters: lambda connection, _: _count_dead_letters(connection),
 }

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from eventbus.errors import InvalidSubscription
 from eventbus.stores._sqlite_commit import BUMP, HEAD
 from eventbus.stores._sqlite_members import fence, first_epoch
 from eventbus.stores._sqlite_read import changes, lanes, members, position_before, subscriptions, types, waiting_rows
@@ -97,6 +98,7 @@ class Registering:
 
     def _switch(self, known: Subscribed, wanted: Registration) -> Subscribed:
         """The lanes of a new order or concurrency, in place of those before."""
+        self._refuse_parked(known, wanted)
         first = first_unsettled(self._connection, known)
         states = lanes(self._connection, known.name)
         floors: tuple[Floor, ...] = ()
@@ -118,6 +120,17 @@ class Registering:
         if fresh:
             write_lanes(self._connection, fresh)
         return subscribed
+
+    def _refuse_parked(self, known: Subscribed, wanted: Registration) -> None:
+        rows = waiting_rows(self._connection, known.name)
+        parked = [row.waiting.key for row in rows if row.waiting.state in {"parked", "freed"}]
+        if parked:
+            raise InvalidSubscription(
+                f"subscription {known.name!r} is stored with order={known.order!r}, concurrency={known.concurrency}, and "
+                f"declared with order={wanted.order!r}, concurrency={wanted.concurrency}; it cannot change while keys are "
+                f"parked ({len(parked)}, such as {parked[0]!r}). Run it with the old options, redrive or discard their dead "
+                "letters, and drain it"
+            )
 
     # -------------------------------------------------------------- write
 

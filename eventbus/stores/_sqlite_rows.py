@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,6 +29,7 @@ from eventbus.stores.base import (
     Subscribed,
     Waiting,
     WaitingRow,
+    WaitingState,
     checksum_of,
     checksum_parts,
 )
@@ -177,7 +178,7 @@ ON_WAITING = (
 WAITING_JSON = (
     f"json_array(subscription, position, lane, key, state, attempt, {_micros('due_at')}, {_micros('first_failed_at')}, error)"
 )
-WaitingValues = tuple[str, int, str, str | None, Literal["retrying", "running"], int, int, int | None, str | None]
+WaitingValues = tuple[str, int, str, str | None, WaitingState, int, int, int | None, str | None]
 WAITING_ROWS = msgspec.json.Decoder(list[WaitingValues])
 
 

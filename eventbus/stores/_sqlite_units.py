@@ -50,6 +50,7 @@ class Outcomes:
         self._now = now
         self._gone: set[tuple[str, int]] = set()
         self._waiting: dict[tuple[str, int], tuple[str, Waiting]] = {}
+        self._freed: set[tuple[str, int]] = set()
         self._letters: list[tuple[_Kind, tuple[Value, ...]]] = []
         self._paused: dict[str, str] = {}
 
@@ -142,6 +143,7 @@ class Outcomes:
         else:
             self._found.redriven.discard(unit.dead_letter)
             self._letters.append(("handled", (unit.dead_letter,)))
+            self._freed.add((unit.subscription, unit.position))
 
     # -------------------------------------------------------------- write
 
@@ -152,10 +154,12 @@ class Outcomes:
         if self._gone:
             _remove_rows(connection, self._gone)
         if self._waiting:
-            _write_waiting(connection, self._waiting)
+            write_waiting(connection, self._waiting)
         # In order, since one dead letter may be deleted and come anew in one batch; what comes in a row is one statement.
         for kind, group in itertools.groupby(self._letters, key=lambda letter: letter[0]):
             _WRITE_LETTERS[kind](connection, [values for _, values in group])
+        if self._freed:
+            _free_rows(connection, self._freed, self._now)
         for name, reason in self._paused.items():
             connection.execute(
                 "UPDATE subscriptions SET paused = ?, paused_at = ? WHERE name = ?", (reason, to_micros(self._now), name)
@@ -170,7 +174,7 @@ def write_lanes(connection: sqlite3.Connection, lanes: Sequence[LaneState], owne
     execute_rows(connection, UPSERT_LANES, rows, KEEP_OWNER if owner is None else NEW_OWNER)
 
 
-def _write_waiting(connection: sqlite3.Connection, rows: Mapping[tuple[str, int], tuple[str, Waiting]]) -> None:
+def write_waiting(connection: sqlite3.Connection, rows: Mapping[tuple[str, int], tuple[str, Waiting]]) -> None:
     values = [waiting_values(subscription, lane, waiting) for (subscription, _), (lane, waiting) in rows.items()]
     execute_rows(connection, UPSERT_WAITING, values, ON_WAITING)
 
@@ -180,6 +184,16 @@ def _remove_rows(connection: sqlite3.Connection, keys: Iterable[tuple[str, int]]
     head = "DELETE FROM deliveries WHERE subscription = ? AND position IN ("
     for name, group in itertools.groupby(sorted(keys), key=lambda key: key[0]):
         execute_rows(connection, head, [(position,) for _, position in group], ")", first=(name,))
+
+
+FREE = "UPDATE deliveries SET state = 'freed', attempt = 0, first_failed_at = NULL, error = NULL,"
+"""What becomes of a parked row when its dead letter goes, whoever ends that; `due_at` follows."""
+
+
+def _free_rows(connection: sqlite3.Connection, keys: Iterable[tuple[str, int]], now: float) -> None:
+    head = f"{FREE} due_at = ? WHERE state = 'parked' AND subscription = ? AND position IN ("
+    for name, group in itertools.groupby(sorted(keys), key=lambda key: key[0]):
+        execute_rows(connection, head, [(position,) for _, position in group], ")", first=(to_micros(now), name))
 
 
 # ------------------------------------------------------------------ dead letters

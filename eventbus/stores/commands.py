@@ -175,8 +175,35 @@ class Marking(Command[None], frozen=True):
     cleared: tuple[tuple[str, str], ...] = ()
 
 
+class Revived(msgspec.Struct, frozen=True):
+    """A delivery that is as it was: unsettled, after so many attempts, due now."""
+
+    lane: str
+    position: int
+    key: str | None
+    attempts: int
+
+
+class Revive(Command[tuple[LaneState, ...]], frozen=True):
+    """Take back what failed attempts have left behind: dead letters of these deliveries are deleted, and each is unsettled again.
+
+    - In orders "type" and "log" the lane's checkpoint goes back before the first of them, so nothing behind it may have been
+      handled.
+    - In order "key" there is one row for each key, at its first position, so none of the key behind it may have been.
+    - In order "none" there is a row for each.
+
+    Lanes that the instance does not own are left alone, and so are deliveries whose event is not in the log any more. Each lane
+    that is changed gets the next epoch; the result is these lanes.
+    """
+
+    instance: str
+    subscription: str
+    deliveries: tuple[Revived, ...]
+
+
 class Pause(Command[None], frozen=True):
-    """Pause a subscription, with the reason; with None, resume it: its waiting deliveries are due now, at attempt 0.
+    """Pause a subscription, with the reason; with None, resume it: its waiting deliveries are due now, at attempt 0; what is
+    parked stays so.
     `UnknownSubscription` if there is none."""
 
     subscription: str
@@ -244,7 +271,8 @@ class Redrive(Command[tuple[str, ...]], frozen=True):
 
 
 class Discard(Command[int], frozen=True):
-    """Delete dead letters, also those being redriven. The result is how many."""
+    """Delete dead letters, also those being redriven. The result is how many. Rows of `deliveries` that are parked behind one
+    of them are freed: due now, at attempt 0."""
 
     filter: DeadLetterFilter
 

@@ -13,7 +13,7 @@ import msgspec
 from typing_extensions import TypeVar
 
 from eventbus.stores.commands import DeadLetterFilter, Instance, Serves, Subscribed
-from eventbus.stores.records import SLOTS, Death, LaneState, Record, Waiting
+from eventbus.stores.records import SLOTS, Death, LaneState, Record, Waiting, WaitingState
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -143,9 +143,10 @@ class WaitingRow(msgspec.Struct, frozen=True):
 
 
 class WaitingRows(Query[tuple[WaitingRow, ...]], frozen=True):
-    """The rows of `deliveries`, by position: of one subscription, or of all."""
+    """The rows of `deliveries`, by position: of one subscription, or of all; in one state, or in any."""
 
     subscription: str | None = None
+    state: WaitingState | None = None
 
 
 class DeadLetterRow(msgspec.Struct, frozen=True):
@@ -215,7 +216,7 @@ class Lag(Query[tuple[int, float | None]], frozen=True):
 class LagOfRows(Query[tuple[int, float | None]], frozen=True):
     """How many events the waiting deliveries of a subscription stand for, counted up to `limit`, and the time (unix seconds)
     of the oldest of them. A row without a key is one event; one with a key stands for the events of that key, of these types
-    (None: all), from its position up to its lane's checkpoint."""
+    (None: all), from its position (`Waiting.begins`) up to its lane's checkpoint."""
 
     subscription: str
     types: tuple[str, ...] | None

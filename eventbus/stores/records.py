@@ -138,6 +138,9 @@ def headers_of(record: Record) -> Mapping[str, str]:
 # ------------------------------------------------------------------ what an attempt leaves behind
 
 
+WaitingState = Literal["retrying", "running", "parked", "freed"]
+
+
 class Waiting(msgspec.Struct, frozen=True):
     """A row of `deliveries`: a delivery, or a key from this position on, that the lane's checkpoint has passed unsettled.
 
@@ -147,6 +150,8 @@ class Waiting(msgspec.Struct, frozen=True):
         attempt: attempts made of the event at `position`.
         due_at: unix seconds before which it is not tried again.
         state: "retrying"; "running" where an attempt that takes long was given a row so that the checkpoint could pass it.
+            "parked": the event at `position` is a dead letter, and those of its key *after* it wait for the end of that.
+            "freed": so it was, and the dead letter is gone: those after it are due.
         first_failed_at: unix seconds of the first failed attempt, or None.
         error: type and message of the last failure, for people to read.
     """
@@ -155,9 +160,14 @@ class Waiting(msgspec.Struct, frozen=True):
     key: str | None
     attempt: int
     due_at: float
-    state: Literal["retrying", "running"] = "retrying"
+    state: WaitingState = "retrying"
     first_failed_at: float | None = None
     error: str | None = None
+
+    @property
+    def begins(self) -> int:
+        """The first position that is unsettled for all that this row says."""
+        return self.position + (self.state in ("parked", "freed"))
 
 
 class Death(msgspec.Struct, frozen=True):
@@ -197,7 +207,8 @@ class Unit(msgspec.Struct, frozen=True):
         row: position of the row of `deliveries` that this unit removes.
         rows: rows of `deliveries` that it writes, after the removal.
         death: the delivery ends as a dead letter. If it has one already (it was replayed), that one is brought up to date.
-        dead_letter: id of the dead letter that is redriven. Without `death` and `retry`, the unit deletes it.
+        dead_letter: id of the dead letter that is redriven. Without `death` and `retry`, the unit deletes it, and a row
+            that is parked at `position` is freed: due now, at attempt 0.
         retry: the redriven dead letter is tried again: its attempts so far and when it is due.
         pause: the reason for which the subscription is paused from now on.
         published: events that become part of the log with this unit. One with an idempotency key that is known is left out.
@@ -249,7 +260,7 @@ class Floor(msgspec.Struct, frozen=True):
         checkpoint, done = self.lanes.get(lane_name(self.order, self.concurrency, type, slot), (0, ()))
         if position > checkpoint:
             return position in done
-        return not any(position == at or (position > at and key is not None and key == of) for at, of in self.waiting)
+        return not any(position == at if of is None else (position >= at and key == of) for at, of in self.waiting)
 
     def down_to(self, position: int) -> Floor:
         """What of it lies at or below a position."""

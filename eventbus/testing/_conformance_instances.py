@@ -14,9 +14,12 @@ from eventbus.stores.base import (
     Mark,
     Marking,
     Pause,
+    Prune,
     Register,
     Registration,
     Release,
+    Revive,
+    Revived,
     Rewind,
     Serves,
     Stand,
@@ -25,9 +28,10 @@ from eventbus.stores.base import (
     Suspicion,
     Suspicions,
     Unsubscribe,
+    Waiting,
     WaitingRows,
 )
-from eventbus.testing._conformance_base import INSTANCE, NOW, OTHER, ConformanceBase, records
+from eventbus.testing._conformance_base import INSTANCE, NOW, OTHER, ConformanceBase, death, records
 
 
 class Shared(ConformanceBase):
@@ -285,3 +289,53 @@ class OnProbation(Shared):
         self.run(store, Marking(INSTANCE.id, cleared=(("mailer", "order.created"),)))
         assert store.read(Suspicions()) == ()
         assert self._dies(store) == (Suspicion("mailer", "order.created", 1),)
+
+
+class Reviving(ConformanceBase):
+    """Taking back what failed attempts have left behind."""
+
+    def test_a_strict_lane_goes_back(self, store: Store) -> None:
+        """Dead letters go, and the lane stands before the first of them, in the next epoch, with the attempts it had."""
+        state = self.with_lane(store, events=4)
+        self.settle(store, self.unit(state, 1), self.unit(state, 2, death=death()), self.unit(state, 3, death=death()))
+        deliveries = (Revived("order.created", 3, None, 0), Revived("order.created", 2, None, 1))
+        (lane,) = self.run(store, Revive(INSTANCE.id, "mailer", deliveries))
+        assert (lane.epoch, lane.checkpoint, lane.attempt, lane.due_at) == (state.epoch + 1, 1, 1, None)
+        assert (self.dead(store), store.read(Lanes())) == ([], (lane,))
+        assert self.settle(store, self.unit(state, 4)).refused == {0: "fenced"}
+
+    def test_without_order_each_gets_a_row(self, store: Store) -> None:
+        """What the checkpoint has passed, or what is done above it, waits in a row, due now."""
+        state = self.with_lane(store, events=4, order="none", concurrency=16)
+        self.settle(
+            store,
+            self.unit(state, 1, death=death()),
+            self.unit(state, 3, checkpoint=1, done=(3,), death=death()),
+        )
+        deliveries = (Revived("", 1, None, 0), Revived("", 3, None, 2), Revived("", 4, None, 0))
+        self.run(store, Revive(INSTANCE.id, "mailer", deliveries))
+        rows = [
+            (row.waiting.position, row.waiting.key, row.waiting.attempt, row.waiting.due_at) for row in store.read(WaitingRows())
+        ]
+        assert rows == [(1, None, 0, NOW), (3, None, 2, NOW)]
+        assert self.dead(store) == []
+
+    def test_a_key_gets_one_row(self, store: Store) -> None:
+        """At its first position; a row that stood further on goes."""
+        self.register(store, order="key", concurrency=1)
+        self.append(store, records(3, key="k"))
+        state = self.claim(store, lane="0")
+        waiting = Waiting(2, "k", 3, NOW + 9)
+        self.settle(store, self.unit(state, 1, death=death()), self.unit(state, 2, rows=(waiting,)))
+        self.run(store, Revive(INSTANCE.id, "mailer", (Revived("0", 1, "k", 0), Revived("0", 2, "k", 2))))
+        (row,) = store.read(WaitingRows())
+        assert (row.waiting.position, row.waiting.key, row.waiting.attempt) == (1, "k", 0)
+
+    def test_what_is_gone_stays_dead(self, store: Store) -> None:
+        """A dead letter whose event is not in the log any more is left alone, and so are lanes of others."""
+        state = self.with_lane(store, events=1)
+        self.settle(store, self.unit(state, 1, death=death()))
+        assert self.run(store, Revive(OTHER.id, "mailer", (Revived("order.created", 1, None, 0),))) == ()
+        self.run(store, Prune(NOW + 1, 0.0, 0, 100))
+        assert self.run(store, Revive(INSTANCE.id, "mailer", (Revived("order.created", 1, None, 0),))) == ()
+        assert len(self.dead(store)) == 1

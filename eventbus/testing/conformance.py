@@ -25,13 +25,14 @@ from __future__ import annotations
 import pytest
 
 # Before they are imported, so that a failed assertion says what was found.
-for _part in ("base", "commands", "instances", "log", "outcomes"):
+for _part in ("base", "commands", "instances", "log", "outcomes", "park"):
     pytest.register_assert_rewrite(f"eventbus.testing._conformance_{_part}")
 
 from eventbus.testing import _conformance_commands as _commands  # noqa: E402
 from eventbus.testing import _conformance_instances as _instances  # noqa: E402
 from eventbus.testing import _conformance_log as _log  # noqa: E402
 from eventbus.testing import _conformance_outcomes as _outcomes  # noqa: E402
+from eventbus.testing import _conformance_park as _park  # noqa: E402
 
 __all__ = ["StoreConformance"]
 
@@ -45,6 +46,7 @@ class StoreConformance(
     _outcomes.PublishedKeys,
     _outcomes.WaitingDeliveries,
     _outcomes.DeadLettersKept,
+    _park.ParkedKeys,
     _commands.Commands,
     _commands.Registering,
     _commands.Claiming,
@@ -53,6 +55,7 @@ class StoreConformance(
     _instances.Generations,
     _instances.Instances,
     _instances.OnProbation,
+    _instances.Reviving,
 ):
     """Subclass it and define `make_store`; see the module.
 

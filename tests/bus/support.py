@@ -72,6 +72,18 @@ class Recorder:
         return list(self.seen)
 
 
+class HookRecorder:
+    """A hook that writes down moments of some kinds."""
+
+    def __init__(self, kinds: tuple[type, ...]) -> None:
+        self.recorder = Recorder()
+        self._kinds = kinds
+
+    def __call__(self, moment: object) -> None:
+        if isinstance(moment, self._kinds):
+            self.recorder.add(moment)
+
+
 class GatedStore(SQLiteStore):
     """A SQLite store whose commits of published events can be held up.
 

@@ -53,6 +53,7 @@ class Switch:
 def bus_with(db: str, handler: Callable[..., Awaitable[None]], *types: type, name: str = "s", **options: Any) -> EventBus:
     bus = EventBus(db)
     options.setdefault("retry", NO_RETRY)
+    options.setdefault("breaker", None)  # dead letters by the hundred, and not for a bad world
     bus.subscribe(*(types or (Sold,)), name=name, **options)(handler)
     return bus
 

@@ -295,16 +295,6 @@ def test_bad_dispatch() -> None:
         bus.open(dispatch=5)  # type: ignore[arg-type]
 
 
-async def test_later_versions() -> None:
-    """What a later version brings is refused now, and says so."""
-    bus = EventBus(":memory:")
-    with pytest.raises(NotSupported, match="park"):
-        bus.subscribe(Placed, name="p", order="key", on_exhausted="park")(Recorder().note)
-    async with bus:
-        with pytest.raises(NotSupported, match="exclusive"):
-            await bus.replay(exclusive=True)
-
-
 @pytest.mark.parametrize(
     "options",
     [

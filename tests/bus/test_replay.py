@@ -18,7 +18,6 @@ from eventbus import (
     Delivery,
     Envelope,
     EventBus,
-    NotSupported,
     RangeNotRetained,
     ReplaySummary,
     RetryPolicy,
@@ -175,12 +174,11 @@ async def test_what_cannot_be_a_range() -> None:
             {"rate": 0},
             {"rate": -1},
             {"rate": True},
+            {"exclusive": "yes"},
         ]
         for options in wrong:
             with pytest.raises(ConfigurationError, match=next(iter(options))):
                 await bus.replay(**options)
-        with pytest.raises(NotSupported):
-            await bus.replay(exclusive=True)
         assert not seen.seen
 
 
@@ -800,7 +798,7 @@ async def test_history_to_the_head_at_the_call() -> None:
 
 async def test_a_range_that_is_not_retained(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay, rewind or history that begins before what retention has left is an error, not a gap."""
-    monkeypatch.setattr("eventbus._bus._PRUNE_EVERY", 0.01)
+    monkeypatch.setattr("eventbus._options.PRUNE_EVERY", 0.01)
     clock, seen = MovableClock(), Recorder()
     bus = EventBus(":memory:", retention=timedelta(hours=1), clock=clock)
     bus.subscribe(Placed, name="h")(seen.note)

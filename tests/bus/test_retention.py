@@ -61,7 +61,7 @@ class CountingStore(SQLiteStore):
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prune every few milliseconds instead of once a minute."""
-    monkeypatch.setattr("eventbus._bus._PRUNE_EVERY", 0.01)
+    monkeypatch.setattr("eventbus._options.PRUNE_EVERY", 0.01)
     monkeypatch.setattr("eventbus._upkeep._PRUNE_PAUSE", 0.001)
 
 

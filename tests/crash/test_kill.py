@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import eventbus
 from tests.crash import at_points, campaign
-from tests.crash.failpoints import POINTS
+from tests.crash.failpoints import POINTS, VARIABLE
 from tests.crash.nursery import Nursery
 
 
@@ -25,6 +28,7 @@ def test_nor_by_a_kill_at_a_fail_point(nursery: Nursery, number: int) -> None:
 
 
 def test_every_fail_point_has_its_turn() -> None:
-    """The short form kills at all of them."""
+    """The short form kills at all of them; nothing of them stands in the library."""
+    assert [path for path in Path(eventbus.__path__[0]).rglob("*.py") if VARIABLE in path.read_text()] == []
     assert {point for number in range(at_points.CASES) for point in at_points.share(1, number)} == set(POINTS)
     assert len({point.name for point in POINTS}) == len(POINTS)

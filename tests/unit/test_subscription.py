@@ -12,7 +12,7 @@ import pytest
 
 from eventbus._retry import RetryPolicy
 from eventbus._subscription import Subscription, split_types, subscription_of
-from eventbus.errors import InvalidSubscription, NotSupported
+from eventbus.errors import InvalidSubscription
 
 OPTIONS: dict[str, Any] = {
     "name": None,
@@ -23,6 +23,7 @@ OPTIONS: dict[str, Any] = {
     "timeout": 60.0,
     "start": "now",
     "replay": True,
+    "breaker": None,
 }
 
 
@@ -175,7 +176,7 @@ def test_concurrency_is_kept(order: str, concurrency: int) -> None:
         ({"concurrency": 2.0, "order": "none"}, "concurrency=2.0"),
         ({"retry": 3}, "RetryPolicy(attempts=3)"),
         ({"retry": None}, "RetryPolicy(attempts=1)"),
-        ({"on_exhausted": "drop"}, "'dead_letter' or 'pause'"),
+        ({"on_exhausted": "drop"}, "'dead_letter', 'pause' or 'park'"),
         ({"on_exhausted": "park"}, "needs order='key'"),
         ({"timeout": 0}, "above 0"),
         ({"timeout": -1.0}, "above 0"),
@@ -199,10 +200,9 @@ def test_a_wrong_option_is_refused_with_what_was_expected(options: dict[str, Any
     assert "subscription 'mailer'" in message
 
 
-def test_park_is_not_there_yet() -> None:
-    """`on_exhausted="park"` with key order is refused as not supported in this version, not as a mistake."""
-    with pytest.raises(NotSupported, match="use 'dead_letter' or 'pause'"):
-        subscribe(Created, order="key", on_exhausted="park")
+def test_park_is_for_keys() -> None:
+    """`on_exhausted="park"` is taken with key order."""
+    assert subscribe(Created, order="key", on_exhausted="park").on_exhausted == "park"
 
 
 @pytest.mark.parametrize("start", ["now", "beginning", 0, 17, datetime(2026, 1, 1, tzinfo=UTC)])

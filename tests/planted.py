@@ -1,0 +1,248 @@
+"""The campaign itself, tested: faults are planted in a copy of the code, and the tests must see them.
+
+    python -m tests.planted
+    python -m tests.planted --only "no fencing"
+
+Each fault is one that the campaign is there to find. A copy of the package gets it, the tests that should find it run there, and the table
+says which did. `tests/test_planted.py` sees that each fault can still be planted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+
+ROOT = Path(__file__).parents[1]
+
+
+@attrs.frozen
+class Change:
+    """A text of a file that is replaced; it stands there once."""
+
+    file: str
+    old: str
+    new: str
+
+
+@attrs.frozen
+class Plant:
+    """A fault, and what should find it: paths for pytest, which stops at the first test that fails."""
+
+    name: str
+    changes: tuple[Change, ...]
+    tests: tuple[str, ...]
+
+
+KILLS = ("tests/crash/test_kill.py",)
+SIMULATION = ("tests/simulation",)
+
+PLANTS: Sequence[Plant] = (
+    Plant(
+        "acknowledge before commit",
+        (
+            Change(
+                "eventbus/_journal.py",
+                "        await waiter.wait_decided()\n        if isinstance(ticket.result, Exception):\n            raise ticket.result\n"
+                '        return cast("Sequence',
+                "        if records and records[0].idempotency_key is None and records[0].due_at is None:\n            return None\n"
+                "        await waiter.wait_decided()\n        if isinstance(ticket.result, Exception):\n            raise ticket.result\n"
+                '        return cast("Sequence',
+            ),
+        ),
+        KILLS,
+    ),
+    Plant(
+        "settle before the handler",
+        (
+            Change(
+                "eventbus/_workers.py",
+                "                outcome = run_async(attempt, context)\n",
+                "                from eventbus._outcomes import ACKED\n\n                lane.settle(attempt, ACKED)\n"
+                "                lane.flush()\n                outcome = run_async(attempt, context)\n",
+            ),
+        ),
+        KILLS,
+    ),
+    Plant(
+        "synchronous=OFF",
+        (Change("eventbus/stores/_sqlite_connection.py", '"synchronous": 2 if full else 1,', '"synchronous": 0,'),),
+        ("tests/faults", "tests/store/test_sqlite_file.py"),
+    ),
+    Plant(
+        "no fencing",
+        (Change("eventbus/stores/_sqlite_units.py", "if lane is None or lane.epoch != unit.epoch:", "if lane is None:"),),
+        ("tests/crash/test_stops.py", "tests/bus/test_instances.py", "tests/store/test_sqlite.py"),
+    ),
+    Plant(
+        "checkpoint past a retry",
+        (
+            Change(
+                "eventbus/_strict.py",
+                '        lane.send(\n            "log",\n            position,\n            attempt=attempt.number,',
+                '        self._checkpoint = position\n        lane.send(\n            "log",\n            position,\n'
+                "            attempt=attempt.number,",
+            ),
+        ),
+        KILLS,
+    ),
+    Plant(
+        "a checkpoint that commits before the events published below it",
+        (
+            Change(
+                "eventbus/stores/_sqlite_units.py",
+                "        if unit.published:\n            admitted = self._entering.admit(unit.published)\n",
+                "        if unit.published:\n            _LATE.append(unit.published)\n        if _LATE and not unit.published:\n"
+                "            for each in _LATE:\n                self._entering.admit(each)\n            _LATE.clear()\n"
+                "        if False:\n            admitted = None\n",
+            ),
+            Change("eventbus/stores/_sqlite_units.py", "_Kind = Literal", "_LATE = []\n_Kind = Literal"),
+        ),
+        KILLS,
+    ),
+    Plant(
+        "lost update on redrive",
+        (
+            Change(
+                "eventbus/stores/_sqlite_commands.py",
+                "        return tuple(subscription for _, subscription in found)",
+                '        self._connection.execute("DELETE FROM dead_letters WHERE redriving = 1 AND id % 7 = 0")\n'
+                "        return tuple(subscription for _, subscription in found)",
+            ),
+        ),
+        KILLS,
+    ),
+    Plant(
+        "an event handed twice in the switch from behind to live",
+        (
+            Change(
+                "eventbus/_intake.py",
+                "        if records[0].position <= after:\n            records = [record for record in records if record.position > after]\n",
+                "",
+            ),
+        ),
+        (*SIMULATION, *KILLS, "tests/bus/test_dispatch.py"),
+    ),
+    Plant(
+        "an event skipped in the switch from behind to live",
+        (
+            Change(
+                "eventbus/_intake.py",
+                "        for type, some in (self._meanwhile or ()) if reaches_head else ():\n            self.offer(type, some)\n",
+                "",
+            ),
+        ),
+        (*SIMULATION, *KILLS, "tests/bus/test_dispatch.py"),
+    ),
+    Plant(
+        "positions reused after a prune",
+        (
+            Change(
+                "eventbus/stores/_sqlite_schema.py",
+                "position INTEGER PRIMARY KEY AUTOINCREMENT,",
+                "position INTEGER PRIMARY KEY,",
+            ),
+            Change(
+                "eventbus/stores/_sqlite_commit.py",
+                "HEAD = \"coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'events'), 0)\"",
+                'HEAD = "coalesce((SELECT max(position) FROM events), 0)"',
+            ),
+            Change(
+                "eventbus/stores/_sqlite_commit.py",
+                "at_head = \"AND (SELECT seq FROM sqlite_sequence WHERE name = 'events') IS ?\"",
+                'at_head = "AND (SELECT max(position) FROM events) IS ?"',
+            ),
+        ),
+        ("tests/store/test_sqlite.py", *SIMULATION),
+    ),
+    Plant(
+        "due events removed before they are queued",
+        (
+            Change(
+                "eventbus/stores/_sqlite_commands.py",
+                "            insert_events(self._connection, promoted, _head(self._connection) + 1)\n",
+                '            self._connection.execute("DELETE FROM scheduled WHERE due_at <= ?", (to_micros(command.now),))\n'
+                '            for statement in ("RELEASE command", "COMMIT", "BEGIN IMMEDIATE", "SAVEPOINT command"):\n'
+                "                self._connection.execute(statement)\n"
+                "            insert_events(self._connection, promoted, _head(self._connection) + 1)\n",
+            ),
+        ),
+        KILLS,
+    ),
+    Plant(
+        "an I/O error taken for 'not stored'",
+        (
+            Change(
+                "eventbus/stores/sqlite.py",
+                "stored = decided.trace is None or writer.execute(*decided.trace).fetchone() is not None",
+                "stored = False",
+            ),
+        ),
+        (*KILLS, "tests/faults"),
+    ),
+    Plant(
+        "an innocent event is charged with a death",
+        (
+            Change(
+                "eventbus/stores/_sqlite_members.py",
+                '"UPDATE marks SET suspect = 1, deaths = deaths + alone,',
+                '"UPDATE marks SET suspect = 1, deaths = deaths + 3,',
+            ),
+        ),
+        ("tests/crash/test_probation.py",),
+    ),
+)
+
+
+def run(plant: Plant) -> str | None:
+    """Plant it in a copy and run the tests there; the first that fails, or None."""
+    with tempfile.TemporaryDirectory(prefix="planted-") as folder:
+        copy = Path(folder)
+        for name in ("eventbus", "tests", "examples", "docs"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
+            shutil.copy(ROOT / name, copy / name)
+        for change in plant.changes:
+            path = copy / change.file
+            text = path.read_text()
+            assert text.count(change.old) == 1, f"{plant.name}: {change.file} has changed"
+            path.write_text(text.replace(change.old, change.new))
+        tests = [test for test in plant.tests if (copy / test).exists()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, "PYTHONPATH": folder, "TMPDIR": folder}
+        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        found = re.search(r"^FAILED (\S+)", ended.stdout, re.MULTILINE)
+        if found is None and ended.returncode != 0:  # not one test has failed: the copy cannot be tested at all
+            raise RuntimeError(f"{plant.name}: {ended.stdout[-2000:]}{ended.stderr[-2000:]}")
+        return found[1] if found else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plant them one after the other, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.planted", description=__doc__)
+    parser.add_argument("--only", action="append", help="names of faults; without it, all of them")
+    options = parser.parse_args(arguments)
+    missed = 0
+    print("| planted fault | the test that caught it | seconds |\n|---|---|---|")
+    for plant in PLANTS:
+        if options.only and plant.name not in options.only:
+            continue
+        begun = time.monotonic()
+        found = run(plant)
+        missed += found is None
+        shown = "**none**" if found is None else f"`{found}`"
+        print(f"| {plant.name} | {shown} | {time.monotonic() - begun:.0f} |", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
