@@ -88,7 +88,7 @@ PLACES = (
     Place("write scheduled events", _sqlite_commit, "insert_scheduled"),
     Place("write outcomes", _sqlite_units.Outcomes, "write"),
     Place("write checkpoints", _sqlite_units, "write_lanes"),
-    Place("write waiting deliveries", _sqlite_units, "_write_waiting", most=3),
+    Place("write waiting deliveries", _sqlite_units, "write_waiting", most=3),
     Place("remove waiting deliveries", _sqlite_units, "_remove_rows", most=3),
     *(Place(f"write dead letters: {kind}", _sqlite_units._WRITE_LETTERS, kind, most=2) for kind in ("died", "handled")),
     Place("WAL checkpoint", sqlite, "wal_checkpoint", "work", 8, _in_mode("PASSIVE")),
