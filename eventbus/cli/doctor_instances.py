@@ -66,6 +66,12 @@ def instances_section(watched: Watched, wal_bytes: int) -> Section:
         _judge(section, member, states[member.instance.id], look)
     _judge_others(section, look)
     _judge_locks(section, watched, wal_bytes)
+    if not look.has_lock and set(states.values()) - {"dead"}:
+        section.trouble(
+            "lock-missing",
+            "instances are there, and the file -lock is not: it was deleted under them, and they refuse to write",
+            "restart all buses; never delete files of a bus that is running",
+        )
     return section
 
 

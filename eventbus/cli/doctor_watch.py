@@ -63,6 +63,7 @@ class Look:
     standing: Standing
     leases: Mapping[str, Lease]
     users: Mapping[int, Process]
+    has_lock: bool
     rows: tuple[WaitingRow, ...]
     lanes: Mapping[str, list[LaneLook]]
     held: Mapping[str, tuple[int, float | None]]
@@ -132,6 +133,7 @@ def _read(inspection: Inspection, users: Mapping[int, Process]) -> Look:
         standing=standing,
         leases=inspection.leases(time.monotonic()),
         users=users,
+        has_lock=inspection.has_lock,
         rows=rows,
         lanes=lanes,
         held=held,

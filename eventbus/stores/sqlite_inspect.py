@@ -102,12 +102,12 @@ class Inspection:
         self.path = path
         _check(path)
         self._before = _marks(path)
-        mode = _quiet_mode(path) if quiet else None
-        self.quiet = mode is not None
+        self._mode = _quiet_mode(path) if quiet else None
+        self.quiet = self._mode is not None
         self._lock = _open_lock(path)
         try:
             self._connection = sqlite3.connect(
-                f"{pathlib.Path(path).as_uri()}?mode=ro{mode or ''}",
+                f"{pathlib.Path(path).as_uri()}?mode=ro{self._mode or ''}",
                 uri=True,
                 timeout=BUSY_TIMEOUT / 1000,
                 isolation_level=None,
@@ -145,7 +145,7 @@ class Inspection:
 
     def undisturbed(self) -> bool:
         """Whether a quiet look was right: nobody has opened or changed the file since. Ask when it is closed."""
-        return _quiet_mode(self.path) is not None and _marks(self.path) == self._before
+        return _quiet_mode(self.path) == self._mode and _marks(self.path) == self._before
 
     @property
     def has_lock(self) -> bool:
@@ -296,8 +296,9 @@ def _check(path: str) -> None:
 
 
 def _marks(path: str) -> tuple[int, ...]:
-    there = os.stat(path)
-    return there.st_ino, there.st_size, there.st_mtime_ns
+    """What changes when somebody writes to the database or its WAL."""
+    files = [os.stat(each) for each in (path, f"{path}-wal") if os.path.exists(each)]
+    return tuple(mark for there in files for mark in (there.st_ino, there.st_size, there.st_mtime_ns))
 
 
 def _quiet_mode(path: str) -> str | None:
