@@ -9,9 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from eventbus.cli import bench, demo
+from eventbus.cli import bench, demo, doctor
 
-COMMANDS = {"bench": bench, "demo": demo}
+COMMANDS = {"bench": bench, "demo": demo, "doctor": doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,8 @@ publish → journal → store → *lanes* → workers → outcome. A lane whose 
 among what it had under way, no further than `AHEAD` past its checkpoint. From then on the lane has each attempt marked in the
 store before it runs. After another death the marks that are left say what was running; these run alone, while nothing else does
 in this process. Whoever was alone when the process died is charged with it, and with `CHARGES` of them it becomes a dead letter.
-A kill from outside finds something alone only by a rare chance, and three times the same hardly ever.
+A kill from outside finds something alone only by a rare chance, and three times the same hardly ever: who was found so once
+waits for a while before it runs again, so that a process which is killed soon after each start charges nobody twice.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _log = logging.getLogger("eventbus")
 
 CHARGES = 3
 """Deaths of the process, while nothing else ran in it, that make an event a dead letter."""
+PAUSE = 1.0
+"""Seconds for which an event that is charged with a death waits before it runs again, for each death."""
 PATIENCE = 30.0
 """Seconds for which everything else is held back so that an attempt can be alone; then it runs beside the others, uncharged."""
 
@@ -142,7 +145,8 @@ class Probation:
             return
         place = (self._lane.holder.options.name, attempt.record.position)
         _log.warning("%s: the event at %d was being handled when a process died; it runs alone", *place)
-        self._solo.ask(self._lane, lambda alone: self._mark(attempt, alone=alone))
+        timers, solo, lane = self._lane.environment.timers, self._solo, self._lane
+        timers.after(PAUSE * deaths, lambda: solo.ask(lane, lambda alone: self._mark(attempt, alone=alone)))
 
     def _mark(self, attempt: Attempt, *, alone: bool) -> None:
         self._alone = attempt if alone else self._alone

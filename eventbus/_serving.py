@@ -139,7 +139,7 @@ class Serving:
     def serves(self) -> Serves:
         """What other instances are told of how it is served here."""
         self._cannot.update(lane.name for lane in self.lanes.values() if lane.blocked is not None)
-        return Serves(self.options.order, self.options.concurrency, self.types, tuple(sorted(self._cannot)))
+        return Serves(self.options.order, self.options.concurrency, self.types, tuple(sorted(self._cannot)), self.stuck)
 
     def follow(self, stored: Subscribed) -> None:
         """It is stored otherwise than before: with other types, or other lanes."""

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from eventbus._journal import Journal
     from eventbus._reader import Reader
 
-_MOST = 10_000
+MOST = 10_000
+"""Lag is counted up to this."""
 
 
 class Status:
@@ -95,12 +96,7 @@ class Status:
         return before == 1
 
     def _types_of(self, stored: Subscribed) -> tuple[str, ...] | None:
-        """Exact types of a stored subscription; None for all."""
-        if "*" in stored.types:
-            return None
-        exact = [t for t in stored.since if not t.endswith("*")]
-        known = self._dispatcher.known_types
-        return tuple({*exact, *(t for t in known if any(type_matches(p, t) for p in stored.since))})
+        return types_of(stored, self._dispatcher.known_types)
 
     # -------------------------------------------------------------- all of it
 
@@ -159,25 +155,23 @@ class Status:
         """What lies above the checkpoints, and what they have passed unsettled."""
         count, times = 0, list[float | None]()
         if has_rows:
-            held, first = await self._reader.ask(LagOfRows(stored.name, self._types_of(stored), _MOST))
+            held, first = await self._reader.ask(LagOfRows(stored.name, self._types_of(stored), MOST))
             count, times = held, [first]
         for lane in (*lanes, *self._unclaimed(stored, {lane.lane for lane in lanes})):
             behind, first = await self._lag_of(stored, lane, None)
             if behind:
                 count += behind
                 times.append(first)
-        return min(count, _MOST), min((time for time in times if time is not None), default=None)
+        return min(count, MOST), min((time for time in times if time is not None), default=None)
 
     async def _lag_of(self, stored: Subscribed, lane: LaneState, until: int | None) -> tuple[int, float | None]:
-        slots = slots_of(lane.lane, stored.concurrency) if stored.order == "key" else (0, SLOTS)
-        types = (lane.lane,) if stored.order == "type" else self._types_of(stored)
-        behind, first = await self._reader.ask(Lag(lane.checkpoint, types, slots, _MOST, until))
+        behind, first = await self._reader.ask(lag_of(stored, lane, self._dispatcher.known_types, until))
         return max(0, behind - len(lane.done)), first
 
     async def unsettled(self, stored: Subscribed, until: int, lanes: Collection[str]) -> int:
         """How many deliveries up to a position are unsettled in some lanes, and in all rows of `deliveries`."""
         claimed = await self._reader.ask(Lanes(stored.name))
-        count, _ = await self._reader.ask(LagOfRows(stored.name, self._types_of(stored), _MOST))
+        count, _ = await self._reader.ask(LagOfRows(stored.name, self._types_of(stored), MOST))
         for lane in (*claimed, *self._unclaimed(stored, {lane.lane for lane in claimed})):
             if lane.lane in lanes:
                 behind, _ = await self._lag_of(stored, lane, until)
@@ -185,10 +179,7 @@ class Status:
         return count
 
     def _unclaimed(self, stored: Subscribed, claimed: Collection[str]) -> list[LaneState]:
-        """Lanes that nobody has run yet: they stand where they will begin."""
-        known = self._dispatcher.known_types
-        wanted = lanes_wanted(stored.order, stored.concurrency, tuple(stored.since), stored.since, known)
-        return [LaneState(stored.name, lane, 0, start) for lane, start in wanted if lane not in claimed]
+        return unclaimed(stored, claimed, self._dispatcher.known_types)
 
     def _state(self, stored: Subscribed) -> tuple[SubscriptionState, str | None]:
         serving = self._dispatcher.servings.get(stored.name)
@@ -211,3 +202,27 @@ def _holds(row: WaitingRow, lane: LaneState, record: Record) -> bool:
     if waiting.key is None:
         return waiting.position == record.position
     return waiting.key == record.key and waiting.begins <= record.position <= lane.checkpoint
+
+
+# ------------------------------------------------------------------ of a stored subscription, with or without a bus
+
+
+def types_of(stored: Subscribed, known: Collection[str]) -> tuple[str, ...] | None:
+    """Exact types of a stored subscription, given those in the log; None for all."""
+    if "*" in stored.types:
+        return None
+    exact = [t for t in stored.since if not t.endswith("*")]
+    return tuple({*exact, *(t for t in known if any(type_matches(p, t) for p in stored.since))})
+
+
+def lag_of(stored: Subscribed, lane: LaneState, known: Collection[str], until: int | None = None) -> Lag:
+    """The question what lies above a lane's checkpoint."""
+    slots = slots_of(lane.lane, stored.concurrency) if stored.order == "key" else (0, SLOTS)
+    types = (lane.lane,) if stored.order == "type" else types_of(stored, known)
+    return Lag(lane.checkpoint, types, slots, MOST, until)
+
+
+def unclaimed(stored: Subscribed, claimed: Collection[str], known: Collection[str]) -> list[LaneState]:
+    """Lanes that nobody has run yet: they stand where they will begin."""
+    wanted = lanes_wanted(stored.order, stored.concurrency, tuple(stored.since), stored.since, known)
+    return [LaneState(stored.name, lane, 0, start) for lane, start in wanted if lane not in claimed]

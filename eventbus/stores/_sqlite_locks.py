@@ -102,15 +102,27 @@ class LockFile:
 
     def lives(self, instance: str) -> bool | None:
         """Whether an instance holds its lock; None where this cannot be told (no such locks there): its lease tells."""
-        if not hasattr(fcntl, "F_OFD_GETLK"):
-            return None
-        answer = fcntl.fcntl(self._opened(), fcntl.F_OFD_GETLK, _byte_of(instance, fcntl.F_WRLCK))
-        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+        return lives_in(self._opened(), instance)
 
     def _opened(self) -> int:
         if self._descriptor is None:
             raise StoreUnavailable(f"{self.path} is closed")
         return self._descriptor
+
+
+def lives_in(descriptor: int, instance: str) -> bool | None:
+    """See `LockFile.lives`; for one who has the lock file open to ask, and may be unable to write it."""
+    return is_locked(descriptor, _byte_of(instance, fcntl.F_WRLCK)) if hasattr(fcntl, "F_OFD_GETLK") else None
+
+
+def is_locked(descriptor: int, wanted: bytes) -> bool:
+    """Whether another open file has a lock against this `struct flock`. Takes nothing."""
+    return bool(_FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted))[0] != fcntl.F_UNLCK)
+
+
+def flock_of(kind: int, start: int) -> bytes:
+    """A `struct flock` for one byte."""
+    return _FLOCK.pack(kind, os.SEEK_SET, start, 1, 0)
 
 
 _FLOCK = struct.Struct("hhqqi4x")
@@ -119,7 +131,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 def _byte_of(instance: str, kind: int) -> bytes:
     # Two instances on one byte would keep each other alive; of ids that are live at once that is one in 2**32.
-    return _FLOCK.pack(kind, os.SEEK_SET, _LIVES + zlib.crc32(instance.encode()), 1, 0)
+    return flock_of(kind, _LIVES + zlib.crc32(instance.encode()))
 
 
 class _Queue:

@@ -119,12 +119,14 @@ class Serves(msgspec.Struct, frozen=True):
     Attributes:
         types: what it declares: names and patterns.
         cannot: lanes in which it has met an event that it cannot decode.
+        stuck: threads of its handlers that have outlived their timeout; for people who look from outside.
     """
 
     order: Order
     concurrency: int
     types: tuple[str, ...]
     cannot: tuple[str, ...] = ()
+    stuck: int = 0
 
 
 class Beat(Command[bool], frozen=True):

@@ -1,0 +1,607 @@
+"""`python -m eventbus doctor`: each thing that it finds, on files made by a bus, running, stopped and killed; and that it changes
+nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from eventbus import EventBus
+from eventbus.__main__ import main
+from eventbus.cli import doctor_file, doctor_processes, doctor_report, doctor_subscriptions
+from eventbus.cli.doctor_report import WIDTH, Report, Section, duration, few, lines_of, size
+from eventbus.stores import _sqlite_file
+from eventbus.stores.sqlite_inspect import VERSION, Inspection, loses_commits
+from tests import doctor_child
+from tests.pages import ROOT, first_cells, page
+
+
+def run_doctor(path: object, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "eventbus", "doctor", str(path), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+
+
+def diagnose(path: object, *arguments: str) -> Mapping[str, Any]:
+    """What it says, with its exit code checked. No bus is open in this process, so it may look from here."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(["doctor", str(path), "--json", "--watch", "0.1", *arguments])
+    said: Mapping[str, Any] = json.loads(out.getvalue())
+    assert said["exit_code"] == code
+    return said
+
+
+def found(said: Mapping[str, Any]) -> dict[str, str]:
+    """Codes and verdicts of all findings."""
+    return {each["code"]: each["verdict"] for section in said["sections"].values() for each in section["findings"]}
+
+
+def text_of(said: Mapping[str, Any], code: str) -> str:
+    return next(f"{e['text']} → {e['do']}" for s in said["sections"].values() for e in s["findings"] if e["code"] == code)
+
+
+def made(path: Path, *modes: str) -> Path:
+    """A file that buses have made and closed."""
+    for mode in modes:
+        anyio.run(getattr(doctor_child, mode), EventBus(path, name="shop"))
+    return path
+
+
+@contextlib.contextmanager
+def child(path: Path, mode: str, lease: float = 10.0) -> Iterator[subprocess.Popen[str]]:
+    """A program in another process, ready; killed at the end."""
+    command = [sys.executable, "-m", "tests.doctor_child", str(path), mode, str(lease)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def until(path: Path, code: str, seconds: float = 20) -> Mapping[str, Any]:
+    """Ask again and again, until the finding is there."""
+    end = time.monotonic() + seconds
+    while True:
+        said = diagnose(path)
+        if code in found(said) or time.monotonic() > end:
+            assert code in found(said), said
+            return said
+
+
+def change(path: Path, *statements: str) -> None:
+    """As an accident, or a hand, would."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        for statement in statements:
+            connection.execute(statement)
+    finally:
+        connection.close()
+
+
+def sums(path: Path) -> dict[str, str]:
+    return {
+        each.name: hashlib.sha256(each.read_bytes()).hexdigest()
+        for each in path.parent.iterdir()
+        if each.name.startswith(path.name)
+    }
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "shop.db"
+
+
+# ------------------------------------------------------------------ what is well
+
+
+def test_a_file_that_nobody_has_open(db: Path) -> None:
+    """All is well, every section says so, and no file is changed, made or removed."""
+    before = sums(made(db, "publishes"))
+    ran = run_doctor(db, "--watch", "0", "--full")
+    assert ran.returncode == 0, ran.stdout
+    for name in ("sqlite", "file", "health", "instances"):
+        assert re.search(rf"^{name} +ok$", ran.stdout, re.MULTILINE)
+    assert sqlite3.sqlite_version in ran.stdout
+    assert "integrity_check: ok" in ran.stdout
+    assert "3 events" in ran.stdout
+    assert ran.stdout.splitlines()[-1].startswith("fine (0). First: nothing has to be done")
+    assert sums(db) == before
+
+
+def test_a_running_bus(db: Path) -> None:
+    """It is there, alive, with its lanes; nothing is wrong."""
+    with child(db, "waits") as process:
+        before = sums(db)
+        said = diagnose(db)
+        assert (said["exit_code"], said["verdict"], found(said)) == (0, "ok", {})
+        (one,) = said["sections"]["instances"]["facts"]["instances"]
+        assert (one["pid"], one["name"], one["state"], one["lanes"], one["serves"]) == (
+            process.pid,
+            "shop",
+            "alive",
+            1,
+            ["stock"],
+        )
+        assert 0 < one["lease_left_seconds"] <= 10
+        assert said["sections"]["file"]["facts"]["journal_mode"] == "wal"
+        assert {**sums(db), "shop.db-wal": "", "shop.db-shm": ""} == {**before, "shop.db-wal": "", "shop.db-shm": ""}
+
+
+def test_the_text_fits_its_columns_whatever_is_stored(db: Path) -> None:
+    """Also long errors; what would move the cursor is shown as what it is."""
+    ran = run_doctor(made(db, "fails"), "--watch", "0")
+    assert max(map(len, ran.stdout.splitlines())) <= WIDTH
+    section = Section("health")
+    section.trouble("corrupt", "x" * 500 + "\x1b[2J", "wörd " * 100)
+    assert all(len(line) <= WIDTH for line in lines_of(Report("/p", 0.0, [section])))
+    assert "\x1b" not in "".join(lines_of(Report("/p", 0.0, [section])))
+
+
+def test_the_trouble_that_is_told_first_is_the_first_that_was_found() -> None:
+    """Troubles go before notes; the last line says what to do."""
+    one, two = Section("file"), Section("health")
+    one.note("wal-large", "large", "wait")
+    two.trouble("corrupt", "broken", "restore it")
+    report = Report("/p", 0.0, [one, two])
+    assert (report.exit_code, report.first()) == (1, "restore it")
+    assert list(lines_of(report))[-1] == "trouble (1). First: restore it"
+
+
+# ------------------------------------------------------------------ processes
+
+
+def test_a_process_that_was_killed(db: Path) -> None:
+    """The row it left is a note, its WAL is read, and no file is changed, not even -shm."""
+    with child(db, "waits") as process:
+        process.kill()
+        process.wait()
+        before = sums(db)
+        said = diagnose(db)
+    assert said["exit_code"] == 0
+    assert found(said) == {"instance-dead": "note"}
+    assert said["sections"]["health"]["facts"]["checked"]["events"] == 20
+    assert sums(db) == before
+
+
+def test_a_process_that_is_stopped(db: Path) -> None:
+    """While its lease lasts it holds its lanes: trouble, with its number and what to do."""
+    with child(db, "waits", lease=600) as process:
+        process.send_signal(signal.SIGSTOP)
+        said = until(db, "instance-stopped")
+        assert said["exit_code"] == 1
+        assert f"kill -CONT {process.pid}" in said["first"]
+        assert run_doctor(db, "--watch", "0").stdout.splitlines()[-1].startswith("trouble (1). First: kill -CONT")
+
+
+def test_a_process_that_is_stopped_and_forgotten(db: Path) -> None:
+    """Its row is gone, since its lease had ended and others have removed it; it may hold locks all the same."""
+    with child(db, "waits") as process:
+        process.send_signal(signal.SIGSTOP)
+        change(db, "DELETE FROM instances")
+        assert f"process {process.pid}" in text_of(until(db, "process-stopped"), "process-stopped")
+
+
+def test_a_process_whose_event_loop_hangs(db: Path) -> None:
+    """It lives, and its lease has ended."""
+    with child(db, "hangs", lease=0.5) as process:
+        said = until(db, "lease-ended")
+        assert said["exit_code"] == 1
+        assert f"process {process.pid}" in text_of(said, "lease-ended")
+        assert said["sections"]["instances"]["facts"]["instances"][0]["state"] == "late"
+
+
+def test_a_lock_file_that_was_deleted(db: Path) -> None:
+    """Those who have the bus open refuse to write: trouble."""
+    with child(db, "waits"):
+        Path(f"{db}-lock").unlink()
+        assert found(diagnose(db))["lock-missing"] == "trouble"
+
+
+def test_another_program_that_holds_the_write_lock(db: Path) -> None:
+    """It is named, as one that has the file open, and as the one that keeps all others from writing."""
+    made(db, "publishes")
+    with child(db, "holds") as process:
+        said = diagnose(db)
+        assert found(said) == {"not-running": "note", "other-programs": "note", "write-lock-held": "trouble"}
+        assert f"process {process.pid}" in text_of(said, "write-lock-held")
+        assert {"kind": "write", "pid": process.pid} in said["sections"]["instances"]["facts"]["locks_held_all_the_time"]
+
+
+def test_a_bus_that_writes_all_the_time_does_not_hold_the_lock(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that is found taken each time is no trouble as long as something is committed."""
+    with child(made(db, "publishes"), "holds") as process:
+        held = frozenset({doctor_processes.Held(process.pid, "write")})
+
+        def write_and_look(_path: str) -> frozenset[doctor_processes.Held]:
+            process.kill()
+            process.wait()
+            change(db, "UPDATE log_state SET changes = changes + 1")
+            return held
+
+        monkeypatch.setattr("eventbus.cli.doctor_watch.locks_of", write_and_look)
+        assert main(["doctor", str(db), "--watch", "0"]) == 0
+
+
+def test_another_program_that_only_reads(db: Path) -> None:
+    """A note."""
+    with child(made(db, "publishes"), "reads") as process:
+        said = diagnose(db)
+        assert found(said)["other-programs"] == "note"
+        (other,) = said["sections"]["instances"]["facts"]["other_processes"]
+        assert (other["pid"], said["exit_code"]) == (process.pid, 0)
+
+
+# ------------------------------------------------------------------ subscriptions
+
+
+def test_events_that_wait_for_a_bus_to_be_started(db: Path) -> None:
+    """A note, with how many."""
+    said = diagnose(made(db, "publishes"))
+    assert (found(said), said["exit_code"]) == ({"not-running": "note"}, 0)
+    facts = said["sections"]["subscriptions"]["facts"]["subscriptions"]["stock"]
+    assert (facts["lag"], facts["order"], facts["served_by"], facts["paused"]) == (3, "type", [], None)
+    assert [lane["lag"] for lane in facts["lanes"]] == [3]
+
+
+def test_a_subscription_that_no_running_bus_has(db: Path) -> None:
+    """Trouble if events wait."""
+    with child(made(db, "publishes"), "idles"):
+        assert found(diagnose(db)) == {"not-served": "trouble"}
+
+
+def test_a_subscription_that_no_running_bus_has_and_nothing_waits(db: Path) -> None:
+    """A note."""
+    with child(made(db, "pauses"), "idles"):
+        change(db, "UPDATE subscriptions SET paused = NULL")
+        assert found(diagnose(db)) == {"not-served": "note"}
+
+
+def test_lanes_that_nobody_has_taken(db: Path) -> None:
+    """A bus that serves them is there, and they are nobody's: trouble."""
+    with child(db, "hangs", lease=600):
+        made(db, "publishes")
+        change(db, "UPDATE lanes SET owner = NULL")
+        said = diagnose(db)
+        assert found(said) == {"orphans": "trouble"}
+        assert said["sections"]["subscriptions"]["facts"]["subscriptions"]["stock"]["orphans"] == ["doctor.placed"]
+
+
+def test_a_lane_that_does_not_move(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note where one has looked for a moment, trouble where one has looked for a minute."""
+    with child(db, "is_slow"):
+        assert found(diagnose(db)) == {"not-moving": "note"}
+        monkeypatch.setattr(doctor_subscriptions, "PATIENCE", 0.0)
+        assert main(["doctor", str(db), "--watch", "0"]) == 1
+
+
+def test_a_handler_that_has_outlived_its_timeout(db: Path) -> None:
+    """What only its own process can know is told with its lease."""
+    with child(db, "is_stuck", lease=0.5) as process:
+        said = until(db, "stuck-handlers")
+        assert said["exit_code"] == 1
+        assert f"--pid {process.pid}" in text_of(said, "stuck-handlers")
+
+
+def test_an_event_that_nobody_can_decode(db: Path) -> None:
+    """Its lane waits for a program that knows the version: trouble."""
+    with child(made(db, "publishes_later"), "is_old", lease=0.5):
+        said = until(db, "cannot-decode")
+        assert found(said) == {"cannot-decode": "trouble"}
+
+
+def test_a_bus_of_another_deployment(db: Path) -> None:
+    """One that declares another order than is stored waits: a note."""
+    with child(db, "waits"):
+        change(db, "UPDATE subscriptions SET concurrency = 7")
+        assert found(diagnose(db)) == {"other-deployment": "note"}
+
+
+def test_a_paused_subscription(db: Path) -> None:
+    """A note, and trouble once events wait."""
+    said = diagnose(made(db, "pauses"))
+    assert found(said) == {"paused": "note"}
+    said = diagnose(made(db, "publishes"))
+    assert found(said) == {"paused": "trouble", "not-running": "note"}
+    assert "bus.resume('stock')" in said["first"]
+
+
+def test_failures(db: Path) -> None:
+    """Dead letters and retries are notes, with their errors."""
+    said = diagnose(made(db, "fails"))
+    assert (found(said), said["exit_code"]) == ({"dead-letters": "note", "retrying": "note", "not-running": "note"}, 0)
+    assert "no address 2" in text_of(said, "dead-letters")
+    assert "the shelf is gone" in text_of(said, "retrying")
+    (newest, _) = said["sections"]["subscriptions"]["facts"]["dead_letters"]["mailer"]["newest"]
+    assert (newest["type"], newest["position"], newest["redriving"]) == ("doctor.placed", 2, False)
+
+
+# ------------------------------------------------------------------ damage
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "where"),
+    [
+        ("UPDATE events SET data = '{\"n\":9}' WHERE position = 2", "damaged-events", "position 2"),
+        ("UPDATE events SET headers = CAST(x'ff' AS TEXT) WHERE position = 2", "damaged-events", "position 2"),
+        ("UPDATE lanes SET checkpoint = 1 WHERE subscription = 'mailer'", "damaged-lanes", "'mailer'"),
+        ("UPDATE dead_letters SET key = 'x' WHERE id = 2", "damaged-dead-letters", "id 2"),
+        ("UPDATE scheduled SET type = 'y'", "damaged-scheduled", "id "),
+    ],
+)
+def test_a_row_that_is_not_what_was_written(statement: str, code: str, where: str, db: Path) -> None:
+    """Its checksum tells, and the row is named."""
+    change(made(db, "fails", "schedules"), statement)
+    said = diagnose(db)
+    assert found(said)[code] == "trouble"
+    assert where in text_of(said, code)
+    (damaged,) = said["sections"]["health"]["facts"]["damaged"]
+    assert where in damaged["where"]
+
+
+def test_only_the_newest_events_are_looked_at_unless_all_are_asked_for(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--full` takes all."""
+    change(made(db, "publishes"), "UPDATE events SET key = 'x' WHERE position = 1")
+    monkeypatch.setattr("eventbus.cli.doctor_health.NEWEST", 2)
+    assert main(["doctor", str(db), "--watch", "0"]) == 0
+    assert main(["doctor", str(db), "--watch", "0", "--full"]) == 1
+
+
+def test_a_file_with_a_broken_page(db: Path) -> None:
+    """The structure is checked; what can be read is told all the same, and nothing is raised."""
+    made(db, "fails", "publishes")
+    connection = sqlite3.connect(db)
+    (page_bytes,), (root,) = (
+        connection.execute(text).fetchone()
+        for text in ("PRAGMA page_size", "SELECT rootpage FROM sqlite_master WHERE name = 'events'")
+    )
+    connection.close()
+    broken = bytearray(db.read_bytes())
+    broken[(root - 1) * page_bytes : root * page_bytes] = b"\x5a" * page_bytes
+    db.write_bytes(broken)
+    ran = run_doctor(db, "--watch", "0")
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert "TROUBLE: the file is damaged" in ran.stdout or "TROUBLE: quick_check cannot be read" in ran.stdout
+    assert "3.0 KiB" not in ran.stdout.splitlines()[-1]
+
+
+def test_every_page_of_a_file_may_be_broken(db: Path) -> None:
+    """Whichever it is, doctor says something, and raises nothing."""
+    original = made(db, "fails", "schedules").read_bytes()
+    page_bytes = int.from_bytes(original[16:18])
+    codes = set()
+    for number in range(len(original) // page_bytes):
+        broken = bytearray(original)
+        broken[number * page_bytes : (number + 1) * page_bytes] = os.urandom(page_bytes)
+        db.write_bytes(broken)
+        code = main(["doctor", str(db), "--watch", "0", "--json"])
+        codes.add(code)
+    assert codes <= {0, 1, 2}  # 0: the page of an index that is empty, or free
+    assert codes >= {1, 2}
+
+
+# ------------------------------------------------------------------ what cannot be looked at
+
+
+def _another_program(db: Path) -> None:
+    change(db, "CREATE TABLE events (name)", "PRAGMA user_version = 3")
+
+
+def _newer(db: Path) -> None:
+    change(made(db, "publishes"), f"PRAGMA user_version = {VERSION + 1}")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda _db: None, "there is no such file"),
+        (lambda db: db.mkdir(), "is a directory"),
+        (os.mkfifo, "is no file"),
+        (lambda db: db.write_text("a letter, not a database" * 100), "not an SQLite database"),
+        (lambda db: db.write_bytes(b""), "has no tables of a bus"),
+        (_another_program, "database of another program"),
+        (_newer, "written by a newer eventbus"),
+    ],
+)
+def test_what_cannot_be_looked_at(make: Callable[[Path], object], words: str, db: Path) -> None:
+    """Exit code 2, and words for it; nothing is made."""
+    make(db)
+    before = sorted(db.parent.iterdir())
+    ran = run_doctor(db)
+    assert (ran.returncode, ran.stderr) == (2, "")
+    assert words in " ".join(ran.stdout.split())
+    assert "could not look (2). First: " in ran.stdout.splitlines()[-1] + ran.stdout.splitlines()[-2]
+    said = diagnose(db)
+    assert (said["verdict"], words in said["unreadable"]["text"]) == ("unreadable", True)
+    assert sorted(db.parent.iterdir()) == before
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    """It says which."""
+    ran = run_doctor(tmp_path / "none" / "shop.db")
+    assert ran.returncode == 2
+    assert "there is no directory" in ran.stdout
+
+
+def test_a_file_that_may_not_be_read() -> None:
+    """Another user is told to be the one that the bus runs as."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        path = made(folder / "shop.db", "publishes")
+        path.chmod(0o000)
+        program = (
+            "import os, sys; from eventbus.__main__ import main; os.getuid() or os.setuid(65534); sys.exit(main(sys.argv[1:]))"
+        )
+        command = [sys.executable, "-c", program, "doctor", str(path)]  # an interpreter that only root may run is loaded as root
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+        assert ran.returncode == 2, ran.stderr
+        assert "may not be read by this user" in " ".join(ran.stdout.split())
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_tables_of_an_older_version(db: Path) -> None:
+    """A note; its health is looked at, its instances are not."""
+    change(made(db, "publishes"), f"PRAGMA user_version = {VERSION - 1}")
+    said = diagnose(db)
+    assert found(said) == {"tables-old": "note"}
+    assert said["sections"].keys() == {"sqlite", "file", "health"}
+
+
+@pytest.mark.parametrize("watch", ["-1", "nan"])
+def test_a_time_that_cannot_be_watched(watch: str, db: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything is looked at."""
+    assert main(["doctor", str(db), f"--watch={watch}"]) == 2
+    assert "expected a number of seconds" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ the place
+
+
+def test_a_network_file_system(db: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Trouble, wherever the file came from."""
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"1 1 0:1 / {tmp_path} rw - nfs4 server:/x rw\n")
+    monkeypatch.setattr(_sqlite_file, "MOUNTINFO", str(mounts))
+    assert verdicts_of(doctor_file.file_section(str(made_without_check(db, monkeypatch)))) == {"network-file-system": "trouble"}
+
+
+def made_without_check(db: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(_sqlite_file, "refuse_network", lambda _path: None)
+    return made(db, "publishes")
+
+
+def verdicts_of(section: Section) -> dict[str, str]:
+    return {finding.code: finding.verdict for finding in section.findings}
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(2**40, {}), (2**28, {"disk-nearly-full": "note"}), (2**20, {"disk-full": "trouble"})]
+)
+def test_room_on_the_disk(free: int, expected: dict[str, str], db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little is a note, none is trouble."""
+    made(db, "publishes")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2**41, 0, free))
+    assert verdicts_of(doctor_file.file_section(str(db))) == expected
+
+
+def test_a_file_that_others_may_read(db: Path) -> None:
+    """A note."""
+    made(db, "publishes").chmod(0o644)
+    said = diagnose(db)
+    assert found(said) == {"others-may-read": "note", "not-running": "note"}
+    assert "chmod 600" in text_of(said, "others-may-read")
+
+
+def test_a_wal_that_has_grown(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note, and who keeps it so."""
+    monkeypatch.setattr("eventbus.cli.doctor_file.LARGE_WAL", 1000)
+    with child(db, "waits"):
+        assert verdicts_of(doctor_file.file_section(str(db))) == {"wal-large": "note"}
+
+
+def test_another_journal_mode(db: Path) -> None:
+    """Somebody has changed it: with a rollback journal a bus's reader blocks its writer."""
+    with child(made(db, "publishes"), "reads"):
+        pass  # leaves -wal and -shm
+    change(db, "PRAGMA journal_mode = DELETE")
+    with Inspection(str(db), quiet=False) as inspection:
+        section = Section("file")
+        doctor_file.header(section, inspection)
+    assert verdicts_of(section) == {"journal-mode": "trouble"}
+
+
+# ------------------------------------------------------------------ how it looks
+
+
+def test_a_quiet_look_is_taken_again_if_somebody_comes_in_between(db: Path) -> None:
+    """What is read without locks holds only if nobody has written."""
+    made(db, "publishes")
+    with Inspection(str(db)) as inspection:
+        assert inspection.quiet
+    assert inspection.undisturbed()
+    with Inspection(str(db)) as inspection, child(db, "idles"):
+        pass
+    assert not inspection.undisturbed()
+    with child(db, "idles"), Inspection(str(db)) as inspection:
+        assert not inspection.quiet
+
+
+def test_nothing_can_be_written_through_an_inspection(db: Path) -> None:
+    """Whichever way the file is opened."""
+    made(db, "publishes")
+    for quiet in (True, False):
+        with Inspection(str(db), quiet=quiet) as inspection, pytest.raises(Exception, match="readonly"):
+            inspection.column("DELETE FROM events RETURNING position")
+
+
+@pytest.mark.parametrize(
+    ("version", "affected"),
+    [
+        ((3, 6, 23), False),
+        ((3, 7, 0), True),
+        ((3, 40, 1), True),
+        ((3, 44, 5), True),
+        ((3, 44, 6), False),
+        ((3, 50, 6), True),
+        ((3, 50, 7), False),
+        ((3, 51, 2), True),
+        ((3, 51, 3), False),
+        ((4, 0, 0), False),
+    ],
+)
+def test_which_sqlite_can_lose_commits(version: tuple[int, ...], affected: bool) -> None:
+    """3.7.0 to 3.51.2, but for 3.44.6 and 3.50.7."""
+    assert loses_commits(version) is affected
+
+
+def test_numbers_in_words() -> None:
+    """Units that fit."""
+    assert [size(n) for n in (0, 1023, 1536, 2**20, 5 * 2**30)] == ["0 bytes", "1,023 bytes", "1.5 KiB", "1.0 MiB", "5.0 GiB"]
+    assert [duration(n) for n in (0, 1.5, 59, 120, 7200, 10**6)] == ["0 s", "1.5 s", "59 s", "2 min", "2 h", "12 d"]
+    assert few([str(n) for n in range(7)]) == "0, 1, 2, 3, 4 and 2 more"
+
+
+# ------------------------------------------------------------------ the page
+
+
+def test_the_page_lists_every_finding() -> None:
+    """Codes are stable, and documented; the page lists them and no others."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(doctor_report.__file__).parent.glob("doctor*.py"))
+    codes = set(re.findall(r'(?:\.note|\.trouble|Finding)\(\s*"([a-z-]+)"', sources))
+    codes |= {f"damaged-{table}" for table in ("events", "scheduled", "lanes", "dead-letters")} | {"rows-…"}
+    sections = {section.title: first_cells(section.text) for section in page("docs/reference/doctor.md").sections()}
+    assert {code for cells in (sections["Findings"], sections["It cannot be looked at"]) for code in cells} == codes
+
+
+def test_the_page_lists_every_key(db: Path) -> None:
+    """Of the whole, of each section, and of an instance, a subscription and a lane."""
+    with child(made(db, "fails"), "idles"):
+        said = diagnose(db)
+    sections = {section.title: first_cells(section.text) for section in page("docs/reference/doctor.md").sections()}
+    assert sections["The whole"] == list(said)
+    for name, section in said["sections"].items():
+        assert sections[f"`{name}`"] == list(section["facts"]), name
+    instance = said["sections"]["instances"]["facts"]["instances"][0]
+    subscription = next(iter(said["sections"]["subscriptions"]["facts"]["subscriptions"].values()))
+    assert sections["An instance"] == list(instance)
+    assert sections["A subscription"] == list(subscription)
+    assert sections["A lane"] == list(subscription["lanes"][0])
