@@ -120,4 +120,4 @@ def install(vfs: str) -> None:
 
     sqlite3.connect = connect  # type: ignore[assignment]
     sqlite3.sqlite_version = apsw.sqlite_lib_version()
-    sqlite3.sqlite_version_info = tuple(map(int, sqlite3.sqlite_version.split(".")))  # type: ignore[assignment]
+    sqlite3.sqlite_version_info = tuple(map(int, sqlite3.sqlite_version.split(".")))  # type: ignore[misc, assignment]

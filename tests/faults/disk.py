@@ -166,7 +166,7 @@ class Disk:
         """What may be there if the power went now."""
         image = {}
         for name, versions in self._names.items():
-            inode = {File.nothing: versions[0], File.everything: versions[-1]}.get(rule, chance.choice(versions))
+            inode = versions[0] if rule is File.nothing else versions[-1] if rule is File.everything else chance.choice(versions)
             if inode is not None:
                 image[name] = rule(self._files[inode], chance)
         return image

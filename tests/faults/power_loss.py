@@ -16,9 +16,9 @@ import itertools
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import attrs
 
@@ -26,17 +26,28 @@ from eventbus.errors import EventBusError
 from eventbus.stores.base import Events
 from eventbus.stores.sqlite import SQLiteStore
 from tests.campaign import Case
-from tests.faults.disk import RULES, Disk, File, Image
+from tests.faults.disk import RULES, Disk, File, Image, Rule
 from tests.faults.programs import INSTANCE, Program, digest
-from tests.faults.recorder import NAME, Recorder, Recording, Request
+from tests.faults.recorder import NAME, Recorder, Request
+from tests.faults.recording_vfs import Recording
 
-COMMITS = 16
-"""In a program."""
+COMMITS = (4, 12, 24, 40)
+"""In a program; three programs of each length take turns."""
 
-RECOVERIES = 4
+RECOVERIES = 2
 """Images of a program from which another is recorded, and of that one from which a third is."""
 
+DEEPEST = 2
+"""Recoveries of recoveries of a program."""
+
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+class Found(NamedTuple):
+    """What an image holds: a digest of it, and the position that an event gets that is appended to it."""
+
+    digest: bytes
+    position: int
 
 
 @attrs.define
@@ -45,11 +56,11 @@ class Inspector:
 
     durability: Literal["full", "fast"]
     folder: Path
-    known: dict[bytes, bytes | str] = attrs.field(factory=dict)
+    known: dict[bytes, Found | str] = attrs.field(factory=dict)
     _program: Program = attrs.field(factory=lambda: Program(random.Random(0), 0xFFFF))
 
-    def look(self, image: Image) -> bytes | str:
-        """Digest of what the image holds, or what is wrong with it."""
+    def look(self, image: Image) -> Found | str:
+        """What the image holds, or what is wrong with it."""
         name = hashlib.blake2b(digest_size=16)
         for file, data in sorted(image.items()):
             name.update(f"{file}:{len(data)}:".encode())
@@ -59,7 +70,7 @@ class Inspector:
             found = self.known[name.digest()] = self._open(image)
         return found
 
-    def _open(self, image: Image) -> bytes | str:
+    def _open(self, image: Image) -> Found | str:
         for file in self.folder.iterdir():
             file.unlink()
         put(image, self.folder)
@@ -73,23 +84,19 @@ class Inspector:
         except EventBusError as error:
             return f"it was refused: {error!r}"
 
-    def _check(self, store: SQLiteStore) -> bytes | str:
+    def _check(self, store: SQLiteStore) -> Found | str:
         writer = store._writer
         assert writer is not None
         found = digest(writer)
         health = writer.execute("PRAGMA integrity_check").fetchall()
         if health != [("ok",)]:
             return f"integrity_check: {health}"
-        sequence = writer.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
-        head = sequence[0] if sequence else 0
         batch = self._program.append()
         committed = store.commit(batch)
-        if (committed.previous_head, committed.head) != (head, head + 1):
-            return f"an event got position {committed.head} after {committed.previous_head}, where the last one given was {head}"
-        page = store.read(Events(head, 10, 1_000_000))
+        page = store.read(Events(committed.previous_head, 10, 1_000_000))
         if [record.id for record in page.records] != [batch.appends[0][0].id]:
-            return f"after {head} there are {[record.id for record in page.records]}"
-        return found
+            return f"after {committed.previous_head} there are {[record.id for record in page.records]}"
+        return Found(found, committed.head)
 
 
 def put(image: Image, folder: Path) -> None:
@@ -98,25 +105,48 @@ def put(image: Image, folder: Path) -> None:
         (folder / name).write_bytes(data)
 
 
+Timeline = Sequence[bytes]
+"""States one after the other, as a program has made them."""
+
+
+class Cut(NamedTuple):
+    """An image that recovery has something to do with, and the states that its program had come to or begun."""
+
+    image: Image
+    states: Timeline
+
+
 @attrs.define
 class Loss:
-    """All losses of power of one program."""
+    """All losses of power of one program.
+
+    Attributes:
+        cut_off: what the programs before this one had begun, which was cut off when the power went. SQLite leaves the rest of a
+            transaction that is not whole in the WAL, and goes on before it. If what comes next is the same to the byte, and is
+            cut off where the rest begins, the rest fits again, and the transaction is whole after all, and in its place. It was
+            never acknowledged, so it may be there as well as not.
+    """
 
     recorder: Recorder
     inspector: Inspector
     chance: random.Random
     seed: str
     faults: list[str] = attrs.field(factory=list)
+    cut_off: list[Timeline] = attrs.field(factory=list)
 
     def all(self, base: Image, level: int, commits: int) -> None:
         """Record a program that begins with these files, and cut it off everywhere."""
         recording = self._record(base, level, commits)
-        if level and recording.states[0] != self.inspector.look(base):
+        before = self.inspector.look(base) if level else None
+        if isinstance(before, Found) and before.digest != recording.states[0]:
             self.faults.append(f"level {level}: two SQLites find different things in one image")
-        recoverable = self._cut(base, recording, level)
-        if level < 2:
-            for image in self.chance.sample(recoverable, min(RECOVERIES // (level + 1), len(recoverable))):
-                self.all(image, level + 1, 3)
+        cuts = self._cut(base, recording, level)
+        if level == DEEPEST:
+            return
+        for cut in self.chance.sample(cuts, min(RECOVERIES // (level + 1), len(cuts))):
+            self.cut_off.append(cut.states)
+            self.all(cut.image, level + 1, 3)
+            self.cut_off.pop()
 
     def _record(self, base: Image, level: int, commits: int) -> Recording:
         folder = Path(tempfile.mkdtemp(prefix="eventbus-power-", dir=_MEMORY))
@@ -126,38 +156,46 @@ class Loss:
         finally:
             shutil.rmtree(folder)
 
-    def _cut(self, base: Image, recording: Recording, level: int) -> list[Image]:
-        """Cut a recording off at each operation; returns images that recovery has something to do with."""
-        disk, recoverable = Disk(base), []
+    def _cut(self, base: Image, recording: Recording, level: int) -> list[Cut]:
+        """Cut a recording off at each operation."""
+        disk, cuts = Disk(base), []
         for number, op in enumerate(recording.ops):
             disk.apply(op)
-            rules = RULES if disk.unsettled else RULES[:1]
-            for rule in rules:
+            for rule in RULES if disk.unsettled else RULES[:1]:
                 image = disk.image(rule, self.chance)
-                least = disk.acknowledged
-                if self.inspector.durability == "fast" and rule is not File.everything:
-                    least = disk.synced
                 found = self.inspector.look(image)
-                wrong = found if isinstance(found, str) else _misplaced(found, recording, least, disk.begun)
+                wrong = (
+                    found if isinstance(found, str) else self._misplaced(found, recording, self._least(disk, rule), disk.begun)
+                )
                 if wrong:
                     self.faults.append(f"level {level}, after operation {number}, {rule.__name__}: {wrong}")
                 elif rule in {File.some, File.torn} and len(image) > 1:
-                    recoverable.append(image)
-        return recoverable
+                    cuts.append(Cut(image, recording.states[: disk.begun + 1]))
+        return cuts
+
+    def _least(self, disk: Disk, rule: Rule) -> int:
+        """The earliest state that may be found."""
+        if self.inspector.durability == "full" or rule is File.everything:  # the latter is what an end of the process leaves
+            return disk.acknowledged
+        return disk.synced
+
+    def _misplaced(self, found: Found, recording: Recording, least: int, most: int) -> str | None:
+        states = recording.states
+        if found.digest in states[least : most + 1]:
+            given = recording.heads[states.index(found.digest)]
+            return None if found.position > given else f"it gives position {found.position}, and {given} was given before"
+        for others in self.cut_off:
+            if states[least] in others and found.digest in others[others.index(states[least]) :]:
+                return None
+        what = f"that after commit {states.index(found.digest)}" if found.digest in states else "that after no commit"
+        return f"it holds {what}; it must be one from {least} to {most}"
 
 
-def _misplaced(found: bytes, recording: Recording, least: int, most: int) -> str | None:
-    if found in recording.states[least : most + 1]:
-        return None
-    if found in recording.states:
-        return f"it holds the state after commit {recording.states.index(found)}; it must be one from {least} to {most}"
-    return f"it holds the state after no commit; it must be one from {least} to {most}"
-
-
-def case(seed: int, number: int, recorder: Recorder, *, commits: int = COMMITS) -> Case:
+def case(seed: int, number: int, recorder: Recorder) -> Case:
     """One program, and all its losses of power."""
     name = f"{seed}-{number}"
     durability: Literal["full", "fast"] = "fast" if number % 3 == 2 else "full"
+    commits = COMMITS[number // 3 % len(COMMITS)]
     with tempfile.TemporaryDirectory(prefix="eventbus-power-", dir=_MEMORY) as folder:
         inspector = Inspector(durability, Path(folder))
         loss = Loss(recorder, inspector, random.Random(name), name)

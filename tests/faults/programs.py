@@ -161,7 +161,7 @@ class Program:
             letters = view.read(DeadLetters(DeadLetterFilter(subscription=lane.subscription, redriving=True)))
             if letters:
                 letter = chance.choice(letters)
-                end = chance.choice([{}, {"death": _DEATH}, {"retry": (2, self._time + 3)}])
+                end: dict[str, Any] = chance.choice([{}, {"death": _DEATH}, {"retry": (2, self._time + 3)}])
                 return [self._unit(lane, "redrive", letter.record.position, dead_letter=letter.id, **common, **end)]
         events = view.read(Events(lane.checkpoint, 4, 100_000)).records
         if not events:

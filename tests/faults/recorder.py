@@ -7,16 +7,15 @@ A process of its own, since it opens databases with apsw's SQLite; see `apsw_sql
 
 from __future__ import annotations
 
-import contextlib
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import msgspec
 
+from eventbus.stores.base import Batch, LogState
 from tests.faults.programs import INSTANCE, Program, digest
 from tests.faults.recording_vfs import Acknowledged, Begun, Recording, RecordingVFS
 
@@ -88,29 +87,28 @@ def _record(request: Request) -> Recording:
     apsw_sqlite.install(f"recording-{request.seed}-{request.level}")
     sqlite.WAL_PAGES = chance.choice([8, 20, 60])
     store = sqlite.SQLiteStore(folder / NAME, durability=request.durability)
-    run = _Run(store, vfs, [], chance, Program(chance, request.level))
+    run = _Run(store, vfs, Recording(vfs.ops, [], []), chance, Program(chance, request.level))
     try:
         run.all(request.commits)
     finally:
         store.close()
         vfs.unwatch()
         vfs.unregister()
-    return Recording(vfs.ops, run.states)
+    return run.recording
 
 
 class _Run(msgspec.Struct):
     store: Any
     vfs: RecordingVFS
-    states: list[bytes]
+    recording: Recording
     chance: random.Random
     program: Program
     reading: bool = False
 
     def all(self, commits: int) -> None:
         self.open()
-        with self.state():
-            self.store.commit(self.program.first())
-        while len(self.states) <= commits:
+        self.commit(self.program.first())
+        while len(self.recording.states) <= commits:
             what = self.chance.random()
             if what < 0.06:
                 self.store.close()
@@ -119,15 +117,13 @@ class _Run(msgspec.Struct):
             elif what < 0.16:
                 self.read_or_let_go()
             else:
-                batch = self.program.batch(self.store) if not self.reading else self.program.append()
-                with self.state():
-                    self.store.commit(batch)
+                self.commit(self.program.append() if self.reading else self.program.batch(self.store))
         self.store.close()
 
     def open(self) -> None:
         self.store.open(INSTANCE)
-        if not self.states:
-            self.states.append(digest(self.store._writer))
+        if not self.recording.states:
+            self.note(self.store.read(LogState()).head)
 
     def read_or_let_go(self) -> None:
         """A reader that stays open: WAL checkpoints come only as far as it lets them, and the WAL grows."""
@@ -135,13 +131,16 @@ class _Run(msgspec.Struct):
         self.store._reader.execute("SELECT count(*) FROM events").fetchone()
         self.reading = not self.reading
 
-    @contextlib.contextmanager
-    def state(self) -> Iterator[None]:
-        """Around a commit."""
-        self.vfs.ops.append(Begun(len(self.states)))
-        yield
-        self.vfs.ops.append(Acknowledged(len(self.states)))
-        self.states.append(digest(self.store._writer))
+    def commit(self, batch: Batch) -> None:
+        number = len(self.recording.states)
+        self.vfs.ops.append(Begun(number))
+        committed = self.store.commit(batch)
+        self.vfs.ops.append(Acknowledged(number))
+        self.note(max(committed.head, self.recording.heads[-1]))
+
+    def note(self, head: int) -> None:
+        self.recording.states.append(digest(self.store._writer))
+        self.recording.heads.append(head)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,12 @@ class Recording(msgspec.Struct):
 
     Attributes:
         states: digests of the contents: when it was opened, and after each commit.
+        heads: for each state, the largest position that had been given by then.
     """
 
     ops: list[Op]
     states: list[bytes]
+    heads: list[int]
 
 
 # ------------------------------------------------------------------ the VFS
@@ -96,7 +98,7 @@ class RecordingVFS(apsw.VFS):
         self.ops: list[Op] = []
         self._folder = folder
         self._chance = chance
-        self._inodes = {file: number for number, file in enumerate(sorted(os.listdir(folder)))}
+        self._inodes = {file.name: number for number, file in enumerate(sorted(folder.iterdir()))}
         self._next = len(self._inodes)
         self._watch_python()
 
@@ -144,7 +146,11 @@ class RecordingVFS(apsw.VFS):
                 self.ops.append(SyncDirectory())
 
         os.open, os.fsync = watched_open, watched_sync  # type: ignore[assignment]
-        self.unwatch = lambda: (setattr(os, "open", open_), setattr(os, "fsync", sync))
+
+        def unwatch() -> None:
+            os.open, os.fsync = open_, sync
+
+        self.unwatch = unwatch
 
 
 class RecordingFile(apsw.VFSFile):
@@ -152,7 +158,7 @@ class RecordingFile(apsw.VFSFile):
         self._ops = vfs.ops
         self._inode = vfs.inode(path)
         self._syncs_directory = bool(flags[0] & _SYNCS_DIRECTORY and flags[0] & apsw.SQLITE_OPEN_CREATE)
-        super().__init__("", name, flags)  # type: ignore[arg-type]
+        super().__init__("", name, flags)
 
     def xWrite(self, data: bytes, offset: int) -> None:
         super().xWrite(data, offset)
