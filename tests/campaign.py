@@ -60,6 +60,8 @@ class Part:
 PARTS: Sequence[Part] = (
     Part("SIGKILL at random moments, 1 process", "kills", 10_000, "tests.crash.campaign", 2.0),
     Part("SIGKILL at every fail point", "kills", 5_000, "tests.crash.at_points"),
+    Part("power loss, torn writes", "images", 500_000, "tests.faults.power_loss", 6.0),
+    Part("every operation of the disk failing", "runs", 5_000, "tests.faults.io_errors"),
 )
 
 

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import random
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from tests.faults.programs import INSTANCE, Program, digest
 from tests.faults.recorder import NAME, Recorder, Request
 from tests.faults.recording_vfs import Recording
 
-COMMITS = (4, 12, 24, 40)
+COMMITS = (7, 12, 24, 40)
 """In a program; three programs of each length take turns."""
 
 RECOVERIES = 2
@@ -81,7 +82,7 @@ class Inspector:
                 return self._check(store)
             finally:
                 store.close()
-        except EventBusError as error:
+        except (EventBusError, sqlite3.Error) as error:
             return f"it was refused: {error!r}"
 
     def _check(self, store: SQLiteStore) -> Found | str:

@@ -25,6 +25,7 @@ from eventbus.stores.base import (
     Instance,
     Lanes,
     LaneState,
+    LogState,
     Pause,
     Promote,
     Prune,
@@ -43,7 +44,7 @@ from eventbus.stores.base import (
 NOW = 1_700_000_000.0
 INSTANCE = Instance("01890000-0000-7000-8000-00000000f001", "power", "localhost", 4711, NOW)
 TYPES = ("a", "b", "c")
-LANES = (("typed", "a", 0), ("typed", "b", 0), ("keyed", "0", 0), ("keyed", "1", 0), ("loose", "", 0))
+LANES = (("typed", "a", 0), ("typed", "b", 0), ("typed", "c", 0), ("keyed", "0", 0), ("keyed", "1", 0), ("loose", "", 0))
 
 _DEATH = Death("ValueError", "no stock", "Traceback …", 3, NOW, NOW + 5)
 
@@ -89,7 +90,7 @@ class Program:
     def __init__(self, chance: random.Random, name: int = 0) -> None:
         self._chance = chance
         self._name = name
-        self._made = 0
+        self._made = self._batches = 0
         self._time = NOW
 
     def first(self) -> Batch:
@@ -103,7 +104,12 @@ class Program:
         return Batch(self._now(), commands=commands)
 
     def batch(self, view: Store) -> Batch:
-        """The next one."""
+        """The next one. Now and then all is settled, and then pruned: the log is empty, and positions go on."""
+        self._batches += 1
+        if self._batches % 5 == 4:
+            return Batch(self._now(), units=self._all_settled(view))
+        if self._batches % 5 == 0:
+            return Batch(self._now(), commands=[Prune(self._time + 1, 0.0, 0, 500)])
         kind = self._chance.choice(["append"] * 4 + ["settle"] * 3 + ["mixed"] * 3 + ["command"] * 2)
         appends = self._groups() if kind in {"append", "mixed"} else []
         units = self._units(view) if kind in {"settle", "mixed"} else []
@@ -144,6 +150,14 @@ class Program:
         for lane in view.read(Lanes()):
             if self._chance.random() < 0.6:
                 units += self._units_of(view, lane)
+        return units
+
+    def _all_settled(self, view: Store) -> list[Unit]:
+        head, units = view.read(LogState()).head, []
+        for lane in view.read(Lanes()):
+            rows = [row.waiting for row in view.read(WaitingRows(lane.subscription)) if row.lane == lane.lane]
+            units += [self._unit(lane, "row", row.position, row=row.position, checkpoint=lane.checkpoint) for row in rows]
+            units.append(self._unit(lane, "log", head, checkpoint=head))
         return units
 
     def _units_of(self, view: Store, lane: LaneState) -> list[Unit]:

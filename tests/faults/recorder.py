@@ -117,7 +117,7 @@ class _Run(msgspec.Struct):
             elif what < 0.16:
                 self.read_or_let_go()
             else:
-                self.commit(self.program.append() if self.reading else self.program.batch(self.store))
+                self.commit(self.program.batch(self.store))
         self.store.close()
 
     def open(self) -> None:
