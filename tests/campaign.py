@@ -62,6 +62,7 @@ PARTS: Sequence[Part] = (
     Part("SIGKILL at every fail point", "kills", 5_000, "tests.crash.at_points"),
     Part("power loss, torn writes", "images", 500_000, "tests.faults.power_loss", 6.0),
     Part("every operation of the disk failing", "runs", 5_000, "tests.faults.io_errors"),
+    Part("another process holds the write lock, is stopped, is killed", "times", 1_000, "tests.faults.held_lock"),
 )
 
 

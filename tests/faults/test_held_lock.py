@@ -9,75 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
-import attrs
 import pytest
 
-from eventbus import Delivery, EventBus, RetryPolicy, StoreBusy
+from eventbus import StoreBusy
 from eventbus.stores import _sqlite_connection, sqlite
-from eventbus.stores.base import Batch, Committed
-from eventbus.stores.sqlite import SQLiteStore
-from tests.bus.support import NO_RETRY, Recorder
+from tests.faults import held_lock
+from tests.faults.held_lock import Placed, Shop
 from tests.faults.locker import Locker
 
 
-@attrs.frozen
-class Placed:
-    n: int
-    text: str = ""
-
-
-class Watched(SQLiteStore):
-    """A store that tells what comes to it.
-
-    Attributes:
-        arrived: notes each transaction with events as it begins. refused: … each that was refused, since the lock was held.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path, durability="fast")
-        self.arrived = Recorder()
-        self.refused = Recorder()
-
-    def commit(self, batch: Batch) -> Committed:
-        if batch.appends:
-            self.arrived.add(batch)
-        try:
-            return super().commit(batch)
-        except StoreBusy as error:
-            self.refused.add((batch, error))
-            raise
-
-
-class Shop:
-    """A bus on a watched store, with one subscription that notes what it handles: each number, and which attempt it was."""
-
-    def __init__(self, db: str, retry: RetryPolicy = NO_RETRY, lease: float = 10.0) -> None:
-        self.store = Watched(db)
-        self.bus = EventBus(self.store, lease=lease)
-        self.seen = Recorder()
-        self.gate = anyio.Event()
-        self.gate.set()
-        self.bus.subscribe(Placed, name="stock", retry=retry)(self.handle)
-
-    async def handle(self, event: Placed, delivery: Delivery) -> None:
-        self.seen.add((event.n, delivery.attempt))
-        await self.gate.wait()
-
-    async def in_order(self, count: int) -> None:
-        """So many events are there, each was handled once, at its first attempt, and none is a dead letter."""
-        assert await self.bus.drain(10) == {}
-        expected = [(n, 1) for n in range(count)]
-        assert self.seen.seen == expected
-        stored = [envelope.event async for envelope in self.bus.history(Placed)]
-        assert [(event.n, 1) for event in stored if isinstance(event, Placed)] == expected
-        assert await self.bus.dead_letters.list() == []
-
-
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient() -> Iterator[None]:
     """The store waits for 0.2 s, not 5, for a lock."""
-    for module in (sqlite, _sqlite_connection):
-        monkeypatch.setattr(module, "BUSY_TIMEOUT", 200)
+    with held_lock.waiting_for(200):
+        yield
 
 
 @pytest.fixture
@@ -249,3 +194,11 @@ async def test_a_reader_that_stays_open(db: str, tool: Locker, monkeypatch: pyte
             await shop.bus.publish(Placed(count, "x" * 1_000))
         assert wal.stat().st_size <= limit
         await shop.in_order(count + 1)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_course_of_it(number: int) -> None:
+    """Held, stopped and killed in any order, between and during publishes: what was acknowledged is handled, once, and nothing else."""
+    case = held_lock.case(1, number)
+    assert not case.faults, "\n".join(case.faults)
+    assert case.checked
