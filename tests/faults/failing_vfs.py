@@ -1,4 +1,4 @@
-"""A disk that fails when it is told to: a VFS of apsw, in which the n-th operation fails, or all from there on.
+"""A disk that fails when it is told to: a VFS of apsw, in which the n-th operation fails, or many from there on.
 
 Operations on the -shm are not among them: SQLite makes those below its VFS. Everything else is: reads, writes, sizes, syncs,
 truncations, locks, opening, deleting, and asking whether a file is there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Literal
 
 import apsw
 
@@ -27,6 +28,12 @@ _CODES: dict[str, tuple[int, ...]] = {
 _NAMES: dict[int | str, int | str] = {**apsw.mapping_result_codes, **apsw.mapping_extended_result_codes}
 
 
+Mode = Literal["once", "for ever", "for a while"]
+"""One operation; all from then on; all that write, until the disk is repaired."""
+
+_WRITING = {"delete", "write", "truncate", "sync"}
+
+
 class Disk:
     """Whether the disk fails, and when.
 
@@ -41,22 +48,30 @@ class Disk:
     def repair(self) -> None:
         """Nothing fails from here on."""
         self.asked, self.failed = 0, ""
-        self._at, self._for_ever, self._chance = 0, False, random.Random()
+        self._at, self._chance = 0, random.Random()
+        self._mode: Mode = "once"
 
-    def break_at(self, at: int, *, for_ever: bool) -> None:
-        """The operation of this number is to fail, counted from 1; `for_ever`: and all after it."""
+    def break_at(self, at: int, mode: Mode) -> None:
+        """The operation of this number is to fail, counted from 1, or it is the first of those that are."""
         self.repair()
-        self._at, self._for_ever, self._chance = at, for_ever, random.Random(at)
+        self._at, self._mode, self._chance = at, mode, random.Random(at)
 
     def fails(self, what: str, path: str | None) -> Exception | None:
         """The error of an operation, if it is to fail."""
         self.asked += 1
-        if self.asked != self._at and not (self._for_ever and self.asked > self._at):
+        if not self._is_broken(what):
             return None
         code = self._chance.choice(_CODES[what])
         name = "a temporary file" if path is None else Path(path).name
         self.failed = self.failed or f"operation {self.asked}, {what} of {name}, with {_NAMES[code]}"
         return apsw.exception_for(code)
+
+    def _is_broken(self, what: str) -> bool:
+        if not self._at or self.asked < self._at:
+            return False
+        if self._mode == "once":
+            return self.asked == self._at
+        return self._mode == "for ever" or what in _WRITING
 
     def check(self, what: str, path: str | None) -> None:
         """Raise it."""

@@ -1,8 +1,10 @@
-"""Every read, write, sync, truncation, lock, opening and deletion of a program fails: once, and from then on for ever.
+"""Every read, write, sync, truncation, lock, opening and deletion of a program fails: once, from then on for ever, and from then
+on all that write, until the disk is repaired.
 
 A program runs on the store, on apsw and a disk that fails when it is told to (`failing_vfs`), beside the same program on a store
 in memory. What was acknowledged must be there in the end; what was refused must not be; of what nobody could tell the store says
-so, and only if the disk went on failing. After one failure the store must recover by itself, with what it is asked next.
+so, and only if the disk went on failing. When the disk is in order again, the store must recover by itself, with what it is asked
+next; until then, it must not go on beside what it could not decide.
 
 Run as a module it is the process in which that takes place; see `apsw_sqlite` for why it is one of its own.
 """
@@ -19,7 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import msgspec
@@ -29,13 +31,16 @@ from eventbus.stores import sqlite
 from eventbus.stores.base import Batch, Committed, Events, Lanes, Query
 from eventbus.stores.sqlite import SQLiteStore
 from tests.campaign import Case
-from tests.faults.failing_vfs import Disk, FailingVFS
-from tests.faults.programs import INSTANCE, Program, contents
+from tests.faults.failing_vfs import Disk, FailingVFS, Mode
+from tests.faults.programs import INSTANCE, NOW, Program, contents
 
 ROOT = Path(__file__).parents[2]
 
 STEPS = 10
 """In a program."""
+
+WHILE = 3
+"""Steps in which the disk fails, for a while."""
 
 PATIENCE = 600.0
 """Seconds in which all runs of a program must have ended; they take some 50."""
@@ -59,15 +64,17 @@ class Run:
 
     Attributes:
         reference: the store in memory. unknown: it was said of this batch that nobody could tell.
+        broken: steps since the disk has failed.
     """
 
     folder: Path
     disk: Disk
     chance: random.Random
-    for_ever: bool
+    mode: Mode
     reference: SQLiteStore = attrs.field(factory=lambda: SQLiteStore(":memory:"))
     store: SQLiteStore = attrs.field(init=False)
     unknown: Batch | None = None
+    broken: int = 0
 
     def __attrs_post_init__(self) -> None:
         self.store = self._fresh()
@@ -91,6 +98,9 @@ class Run:
                 self.commit(program.first())
             for _ in range(STEPS):
                 self.step(program)
+                self.broken += bool(self.disk.failed)
+                if self.mode == "for a while" and self.broken == WHILE:
+                    self.repair()
             self.close()
             asked = self.disk.asked
             self.disk.repair()
@@ -100,6 +110,19 @@ class Run:
             self.disk.repair()
             self.store.close()
             self.reference.close()
+
+    def repair(self) -> None:
+        """The disk is in order again: from here on everything works, and what was undecided is found out."""
+        self.disk.repair()
+        if not self.store._opened:
+            self.open()
+        self.attempt(lambda: self.store.commit(Batch(NOW)))
+        self.settle_unknown()
+
+    def settle_unknown(self) -> None:
+        unknown, self.unknown = self.unknown, None
+        if unknown is not None and _held(self.store) != _held(self.reference):
+            self.reference.commit(unknown)
 
     def step(self, program: Program) -> None:
         if self.chance.random() < 0.1:
@@ -118,17 +141,17 @@ class Run:
             try:
                 return what()
             except PublishOutcomeUnknown as error:
-                if not self.for_ever:
+                if self.mode == "once":
                     raise Wrong(f"nobody could tell, though the disk failed only once: {error!r}") from error
                 raise
             except _REFUSALS as error:
                 if not self.disk.failed:
                     raise Wrong(f"refused by a disk that is in order: {error!r}") from error
-                if not self.for_ever and (again or failed):
+                if self.mode == "once" and (again or failed):
                     raise Wrong(f"refused, though the disk is in order again: {error!r}") from error
             except EventBusError as error:
                 raise Wrong(f"answered with {error!r}") from error
-            if self.for_ever:
+            if self.mode != "once":
                 break
         return None
 
@@ -170,10 +193,8 @@ class Run:
         """What is there when it is opened on a disk that is in order."""
         self.store = self._fresh()
         self.store.open(INSTANCE)
+        self.settle_unknown()
         found, expected = _held(self.store), _held(self.reference)
-        if found != expected and self.unknown is not None:
-            self.reference.commit(self.unknown)
-            expected = _held(self.reference)
         if found != expected:
             tables = [table for table, rows in expected.items() if rows != found[table]]
             shown = "; ".join(f"{t}: {str(found[t])[:300]} where there should be {str(expected[t])[:300]}" for t in tables)
@@ -215,23 +236,23 @@ def run_all(seed: str, every: int) -> Report:
     apsw_sqlite.install("failing")
     sqlite.WAL_PAGES = 12
     prepare = random.Random(seed).choice([0, 3, 3])
-    asked = _run(seed, prepare, disk, for_ever=False)
+    asked = _run(seed, prepare, disk, "once")
     report = Report(0, [])
     if isinstance(asked, str):
         return Report(1, [f"on a disk that is in order: {asked}"])
     for at in range(1 + random.Random(seed).randrange(every), asked + 1, every):
-        for for_ever in (False, True):
-            disk.break_at(at, for_ever=for_ever)
-            wrong = _run(seed, prepare, disk, for_ever=for_ever)
+        for mode in get_args(Mode):
+            disk.break_at(at, mode)
+            wrong = _run(seed, prepare, disk, mode)
             report.runs += 1
             if isinstance(wrong, str):
-                report.faults.append(f"at {at} of {asked}, {'for ever' if for_ever else 'once'}: {wrong}")
+                report.faults.append(f"at {at} of {asked}, {mode}: {wrong}")
     return report
 
 
-def _run(seed: str, prepare: int, disk: Disk, *, for_ever: bool) -> int | str:
+def _run(seed: str, prepare: int, disk: Disk, mode: Mode) -> int | str:
     with tempfile.TemporaryDirectory(prefix="eventbus-io-", dir=_MEMORY) as folder:
-        run = Run(Path(folder), disk, random.Random(seed), for_ever)
+        run = Run(Path(folder), disk, random.Random(seed), mode)
         try:
             return run.all(prepare)
         except Exception as error:
