@@ -6,6 +6,7 @@ truncations, locks, opening, deleting, and asking whether a file is there.
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Literal
@@ -28,8 +29,8 @@ _CODES: dict[str, tuple[int, ...]] = {
 _NAMES: dict[int | str, int | str] = {**apsw.mapping_result_codes, **apsw.mapping_extended_result_codes}
 
 
-Mode = Literal["once", "for ever", "for a while"]
-"""One operation; all from then on; all that write, until the disk is repaired."""
+Mode = Literal["once", "a few times", "for a while", "for ever"]
+"""One operation; the next two or three that write; all that write, until the disk is repaired; all."""
 
 _WRITING = {"delete", "write", "truncate", "sync"}
 
@@ -38,7 +39,7 @@ class Disk:
     """Whether the disk fails, and when.
 
     Attributes:
-        asked: operations so far.
+        asked: operations so far. left: how many are still to fail.
         failed: the first that failed, in words; "" if none has.
     """
 
@@ -48,30 +49,30 @@ class Disk:
     def repair(self) -> None:
         """Nothing fails from here on."""
         self.asked, self.failed = 0, ""
-        self._at, self._chance = 0, random.Random()
+        self._at, self._chance, self.left = 0, random.Random(), 0.0
         self._mode: Mode = "once"
 
     def break_at(self, at: int, mode: Mode) -> None:
         """The operation of this number is to fail, counted from 1, or it is the first of those that are."""
         self.repair()
         self._at, self._mode, self._chance = at, mode, random.Random(at)
+        self.left = {"once": 1, "a few times": self._chance.choice((2, 3))}.get(mode, math.inf)
 
     def fails(self, what: str, path: str | None) -> Exception | None:
         """The error of an operation, if it is to fail."""
         self.asked += 1
         if not self._is_broken(what):
             return None
+        self.left -= 1
         code = self._chance.choice(_CODES[what])
         name = "a temporary file" if path is None else Path(path).name
         self.failed = self.failed or f"operation {self.asked}, {what} of {name}, with {_NAMES[code]}"
         return apsw.exception_for(code)
 
     def _is_broken(self, what: str) -> bool:
-        if not self._at or self.asked < self._at:
+        if not self.left or self.asked < self._at:
             return False
-        if self._mode == "once":
-            return self.asked == self._at
-        return self._mode == "for ever" or what in _WRITING
+        return self._mode in {"once", "for ever"} or what in _WRITING
 
     def check(self, what: str, path: str | None) -> None:
         """Raise it."""

@@ -1,5 +1,5 @@
-"""Every read, write, sync, truncation, lock, opening and deletion of a program fails: once, from then on for ever, and from then
-on all that write, until the disk is repaired.
+"""Every read, write, sync, truncation, lock, opening and deletion of a program fails: once, a few times, for a while, and
+from then on for ever.
 
 A program runs on the store, on apsw and a disk that fails when it is told to (`failing_vfs`), beside the same program on a store
 in memory. What was acknowledged must be there in the end; what was refused must not be; of what nobody could tell the store says
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import random
 import subprocess
 import sys
@@ -116,6 +117,10 @@ class Run:
         self.disk.repair()
         if not self.store._opened:
             self.open()
+        self.find_out()
+
+    def find_out(self) -> None:
+        """Have the store open its file anew, and see what became of what nobody could tell."""
         self.attempt(lambda: self.store.commit(Batch(NOW)))
         self.settle_unknown()
 
@@ -135,9 +140,9 @@ class Run:
     # -------------------------------------------------------------- what is done, and what may come of it
 
     def attempt(self, what: Callable[[], Any]) -> Any:
-        """Do something; None if it is refused as it may be. After a failure that was the only one it must work."""
-        for again in (False, True):
-            failed = bool(self.disk.failed)
+        """Do something, again if it is refused as it may be; None if the disk goes on failing."""
+        while True:
+            in_order = not self.disk.left
             try:
                 return what()
             except PublishOutcomeUnknown as error:
@@ -145,15 +150,12 @@ class Run:
                     raise Wrong(f"nobody could tell, though the disk failed only once: {error!r}") from error
                 raise
             except _REFUSALS as error:
-                if not self.disk.failed:
+                if in_order or not self.disk.failed:
                     raise Wrong(f"refused by a disk that is in order: {error!r}") from error
-                if self.mode == "once" and (again or failed):
-                    raise Wrong(f"refused, though the disk is in order again: {error!r}") from error
             except EventBusError as error:
                 raise Wrong(f"answered with {error!r}") from error
-            if self.mode != "once":
-                break
-        return None
+            if self.disk.left == math.inf:
+                return None
 
     def open(self) -> None:
         def opened() -> bool:
@@ -171,10 +173,12 @@ class Run:
         try:
             committed: Committed | None = self.attempt(lambda: self.store.commit(copy.deepcopy(batch)))
         except PublishOutcomeUnknown:
-            if self.unknown is None:
-                self.unknown = batch
-                return
-            raise Wrong("nobody could tell of a second batch, where the first left the store shut") from None
+            if self.unknown is not None:
+                raise Wrong("nobody could tell of a second batch, where the first left the store shut") from None
+            self.unknown = batch
+            if self.disk.left < math.inf:
+                self.find_out()
+            return
         if committed is not None:
             expected = self.reference.commit(copy.deepcopy(batch))
             if _said(committed) != _said(expected):
