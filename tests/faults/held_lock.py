@@ -39,8 +39,11 @@ class Watched(SQLiteStore):
     """A store that tells what comes to it.
 
     Attributes:
-        arrived: notes each transaction with events as it begins. refused: … each that was refused, since the lock was held.
+        arrived: notes each transaction as it begins. refused: … each that was refused, since the lock was held.
+        under_way: whether there is one.
     """
+
+    under_way = False
 
     def __init__(self, path: str) -> None:
         super().__init__(path, durability="fast")
@@ -48,13 +51,21 @@ class Watched(SQLiteStore):
         self.refused = Recorder()
 
     def commit(self, batch: Batch) -> Committed:
-        if batch.appends:
-            self.arrived.add(batch)
+        self.under_way = True
+        self.arrived.add(batch)
         try:
             return super().commit(batch)
         except StoreBusy as error:
             self.refused.add((batch, error))
             raise
+        finally:
+            self.under_way = False
+
+    async def wait_until_under_way(self) -> None:
+        """Wait until a transaction has come; with the lock held, it waits there, be it that of a publish or one before it."""
+        arrived = len(self.arrived.seen)
+        if not self.under_way:
+            await self.arrived.wait_for(arrived + 1)
 
 
 class Shop:
@@ -173,10 +184,9 @@ class Course:
 
     async def publish_and_let_go(self) -> None:
         """It may be refused before the lock is free, or not; it says which."""
-        arrived = len(self.shop.store.arrived.seen)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.publish)
-            await self.shop.store.arrived.wait_for(arrived + 1)
+            await self.shop.store.wait_until_under_way()
             if self.chance.random() < 0.3:
                 self.kill()
             else:

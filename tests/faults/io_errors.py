@@ -130,7 +130,7 @@ class Run:
             self.reference.commit(unknown)
 
     def step(self, program: Program) -> None:
-        if self.chance.random() < 0.1:
+        if self.chance.random() < 0.1 and self.unknown is None:  # one that is opened anew may be in doubt anew
             self.close()
             self.open()
         if self.chance.random() < 0.3:

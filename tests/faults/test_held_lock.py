@@ -38,7 +38,7 @@ async def test_a_lock_that_is_held_shortly_is_waited_for(db: str, tool: Locker) 
     async with shop.bus, anyio.create_task_group() as tasks:
         tool.ask("write")
         tasks.start_soon(shop.bus.publish, Placed(0))
-        await shop.store.arrived.wait_for(1)
+        await shop.store.wait_until_under_way()
         tool.ask("end")
         await shop.seen.wait_for(1)
         await shop.in_order(1)
@@ -124,7 +124,7 @@ async def test_a_tool_that_is_killed_while_it_holds_the_lock(db: str, tool: Lock
     async with shop.bus, anyio.create_task_group() as tasks:
         tool.ask("write")
         tasks.start_soon(shop.bus.publish, Placed(0))
-        await shop.store.arrived.wait_for(1)
+        await shop.store.wait_until_under_way()
         tool.kill()
         await shop.seen.wait_for(1)
         await shop.in_order(1)
