@@ -63,6 +63,9 @@ PARTS: Sequence[Part] = (
     Part("SIGSTOP past the lease", "stops", 500, "tests.crash.stops"),
     Part("wall-clock jumps", "jumps", 500, "tests.crash.jumps", 0.2),
     Part("SIGKILL at every fail point", "kills", 5_000, "tests.crash.at_points"),
+    Part("power loss, torn writes", "images", 500_000, "tests.faults.power_loss", 6.0),
+    Part("every operation of the disk failing", "runs", 5_000, "tests.faults.io_errors"),
+    Part("another process holds the write lock, is stopped, is killed", "times", 1_000, "tests.faults.held_lock"),
 )
 
 

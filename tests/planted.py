@@ -79,6 +79,44 @@ PLANTS: Sequence[Plant] = (
         ("tests/faults", "tests/store/test_sqlite_file.py"),
     ),
     Plant(
+        "synchronous=NORMAL where FULL is promised",
+        (Change("eventbus/stores/_sqlite_connection.py", '"synchronous": 2 if full else 1,', '"synchronous": 1,'),),
+        ("tests/faults/test_power_loss.py",),
+    ),
+    Plant(
+        "a transaction in two halves",
+        (
+            Change(
+                "eventbus/stores/sqlite.py",
+                "    outcomes.write(connection)\n",
+                '    connection.execute("COMMIT")\n    connection.execute("BEGIN IMMEDIATE")\n    outcomes.write(connection)\n',
+            ),
+        ),
+        ("tests/faults/test_power_loss.py",),
+    ),
+    Plant(
+        "the store goes on after a reopening that failed",
+        (
+            Change(
+                "eventbus/stores/sqlite.py",
+                "        self._frames = 0.0\n        self._data_version = -1\n\n    def close",
+                "        self._frames = 0.0\n        self._data_version = -1\n        self._suspect = False\n\n    def close",
+            ),
+        ),
+        ("tests/faults/test_io_errors.py", "tests/faults/test_failing_sync.py"),
+    ),
+    Plant(
+        "outcomes that could not be written are dropped",
+        (
+            Change(
+                "eventbus/_journal.py",
+                "            if isinstance(error, _FATAL) or self._closing:\n                return\n            self._pending.again",
+                "            if error:\n                return\n            self._pending.again",
+            ),
+        ),
+        ("tests/faults/test_held_lock.py",),
+    ),
+    Plant(
         "no fencing",
         (Change("eventbus/stores/_sqlite_units.py", "if lane is None or lane.epoch != unit.epoch:", "if lane is None:"),),
         ("tests/crash/test_stops.py", "tests/bus/test_instances.py", "tests/store/test_sqlite.py"),

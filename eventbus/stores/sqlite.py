@@ -147,6 +147,7 @@ class SQLiteStore:
                 self._instance = instance.id
                 with self._turn(self._in_use):
                     self._connect()
+            self._suspect = False
             self._opened = True
         except BaseException:
             self.close()
@@ -160,7 +161,6 @@ class SQLiteStore:
             writer.execute("SELECT one FROM log_state").fetchone()
             self._identity = Identity(self._path)
             self._reader = connect(self._path, full=self._full, reader=True)
-        self._suspect = False
         self._frames = 0.0
         self._data_version = -1
 
