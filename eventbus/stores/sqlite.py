@@ -4,7 +4,8 @@ publish → journal → *store* → lanes → workers → outcome. In come batch
 queries from the reader's; out go what became durable, and pages of the log. Here are opening, closing and what happens when
 the disk fails; the rest stands in:
 
-- `_sqlite_locks`: whose turn it is to write, and who lives; `_sqlite_file`: file systems, deleted files;
+- `_sqlite_locks`: whose turn it is to write, and who lives; `_sqlite_file`: file systems, deleted files; `_sqlite_wal`: what a
+  damaged WAL would lose;
 - `_sqlite_connection`: settings, transactions, errors; `_sqlite_schema`: the tables; `_sqlite_rows`: their rows as records;
 - `_sqlite_commit`, `_sqlite_insert`, `_sqlite_units`: the way of an event; `_sqlite_commands`, `_sqlite_register`,
   `_sqlite_members`, `_sqlite_prune`: the other writes; `_sqlite_read`: reading.
@@ -52,6 +53,7 @@ from eventbus.stores._sqlite_read import answer
 from eventbus.stores._sqlite_rows import lane_values
 from eventbus.stores._sqlite_schema import migrate
 from eventbus.stores._sqlite_units import Outcomes
+from eventbus.stores._sqlite_wal import refuse_cut_off
 from eventbus.stores.base import Batch, Committed, Features, Instance, Notice, Query, Record
 
 T = TypeVar("T")
@@ -153,6 +155,8 @@ class SQLiteStore:
             raise
 
     def _connect(self) -> None:
+        if self._full and self._lock is not None and self._lock.is_alone():
+            refuse_cut_off(self._path)  # now SQLite would recover
         writer = self._writer = connect(self._path, full=self._full)
         migrate(writer, self._address)
         if not self._memory:
