@@ -1,6 +1,6 @@
 """The WAL, looked at before SQLite opens it: would recovery leave out what was acknowledged?
 
-publish → journal → *store* → lanes → workers → outcome. In comes the path of a database that nobody has open; out goes nothing, or
+publish → journal → *store* → lanes → workers → outcome. In comes the path of a database that nobody has open; out goes nothing or
 `StoreCorrupt`. SQLite's recovery takes the WAL up to the first frame whose checksum does not fit, and
 passes by the rest without a word: after a loss of power that is right, for the last transaction was being written. But if a later
 transaction was begun after the one that is broken, that one had been synced and acknowledged: then the disk has lost it.

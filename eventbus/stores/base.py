@@ -10,7 +10,7 @@ A store passes `eventbus.testing.conformance`, which says in tests what is said 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
@@ -88,6 +88,9 @@ from eventbus.stores.records import (
     storable,
     type_matches,
 )
+
+if TYPE_CHECKING:
+    from eventbus.errors import StoreFull
 
 __all__ = [
     "LARGEST",
@@ -201,8 +204,8 @@ class Committed(msgspec.Struct, frozen=True):
 
     Attributes:
         previous_head, head: the log's last position before and after.
-        appends: for each group its events' places, or the conflict for which it was left out whole; None where all of the group
-            has simply entered the log, so that its records say where they lie.
+        appends: for each group its events' places, or the error for which it was left out whole (a conflict, no room); None where
+            all of the group has simply entered the log, so that its records say where they lie.
         refused: for each unit that was left out, by its index, why.
         conflicts: indexes of the units whose delivery ended as a dead letter, by `Unit.conflict`.
         results: for each command its result, or the error for which it wrote nothing.
@@ -216,6 +219,7 @@ class Committed(msgspec.Struct, frozen=True):
     results: Sequence[object]
     events: Sequence[Record]
     conflicts: Sequence[int] = ()
+    full: StoreFull | None = None
 
 
 # ------------------------------------------------------------------ the protocol

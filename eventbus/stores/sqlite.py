@@ -5,7 +5,7 @@ queries from the reader's; out go what became durable, and pages of the log. Her
 the disk fails; the rest stands in:
 
 - `_sqlite_locks`: whose turn it is to write, and who lives; `_sqlite_file`: file systems, deleted files; `_sqlite_wal`: what a
-  damaged WAL would lose;
+  damaged WAL would lose; `_sqlite_ballast`: room for a disk that is full;
 - `_sqlite_connection`: settings, transactions, errors; `_sqlite_schema`: the tables; `_sqlite_rows`: their rows as records;
 - `_sqlite_commit`, `_sqlite_insert`, `_sqlite_units`: the way of an event; `_sqlite_commands`, `_sqlite_register`,
   `_sqlite_members`, `_sqlite_prune`: the other writes; `_sqlite_read`: reading.
@@ -29,10 +29,12 @@ from eventbus.errors import (
     PublishOutcomeUnknown,
     StoreBusy,
     StoreError,
+    StoreFull,
     StoreInUse,
     StoreLost,
     StoreUnavailable,
 )
+from eventbus.stores._sqlite_ballast import BYTES, MARGIN, Ballast
 from eventbus.stores._sqlite_commands import Commands
 from eventbus.stores._sqlite_commit import HEAD, Entering, append_after, look, only_appended
 from eventbus.stores._sqlite_connection import (
@@ -60,6 +62,9 @@ T = TypeVar("T")
 
 WAL_PAGES = 1_000
 """Pages in the WAL after which it is carried over into the database."""
+
+SHORT_WAL_PAGES = 50
+"""… while the disk is full."""
 
 _EVENTS_PER_PAGE = 4
 _PAGES_PER_COMMIT = 6
@@ -112,6 +117,8 @@ class SQLiteStore:
         # come meanwhile wait.
         self._reading = threading.RLock()
         self._suspect = False
+        self._ballast: Ballast | None = None
+        self._short = False  # the ballast was removed, or could not be made
         self._instance = ""
         self._others: list[str] = []  # instances that were alive when we looked last
         self._data_version = -1
@@ -148,11 +155,28 @@ class SQLiteStore:
                     self._lock.live(instance.id)
                 self._instance = instance.id
                 with self._turn(self._in_use):
-                    self._connect()
+                    self._connect_with_room()
             self._opened = True
         except BaseException:
             self.close()
             raise
+
+    def _connect_with_room(self) -> None:
+        """Connect, on a disk that is full with the help of the ballast."""
+        if self._memory:
+            self._connect()
+            return
+        ballast = self._ballast = Ballast(self._path)
+        self._short = not ballast.make()
+        try:
+            self._connect()
+        except sqlite3.Error:
+            if ballast.has_room(MARGIN) or not ballast.is_there():
+                raise
+            self._disconnect()
+            ballast.free()
+            self._short = True
+            self._connect()
 
     def _connect(self) -> None:
         if self._full and self._lock is not None and self._lock.is_alone():
@@ -251,7 +275,37 @@ class SQLiteStore:
         """See `Store.commit`."""
         self._check_open()
         with self._turn(self._busy):
+            return self._commit(batch) if self._ballast is None else self._commit_with_room(batch, self._ballast)
+
+    def _commit_with_room(self, batch: Batch, ballast: Ballast) -> Committed:
+        """Commit a batch; when no room is left, in that of the ballast, without its events. See docs/decisions/0018."""
+        if self._short or (self._others and not ballast.is_there()):
+            self._short = not ballast.make()
+        if self._short:
+            return self._commit_without_events(batch)
+        try:
             return self._commit(batch)
+        except StoreFull:
+            if not batch.units and not batch.commands:
+                raise
+        ballast.free()
+        self._short = True
+        with contextlib.suppress(sqlite3.Error):
+            self._carry_over(self._connected(self._writer))  # the WAL begins anew, and grows no more
+        return self._commit_without_events(batch)
+
+    def _commit_without_events(self, batch: Batch) -> Committed:
+        if any(batch.appends) and not batch.units and not batch.commands:
+            raise self._no_room()
+        committed = self._commit(msgspec.structs.replace(batch, appends=()))
+        refused = [self._no_room() if group else None for group in batch.appends]
+        return msgspec.structs.replace(committed, appends=refused, full=self._no_room())
+
+    def _no_room(self) -> StoreFull:
+        return StoreFull(
+            f"{self._address}: no room is left for events; what there is is kept for the outcomes of handlers. Nothing was stored. "
+            f"Free {(BYTES + MARGIN) // 1_048_576} MiB, and it goes on by itself"
+        )
 
     def _commit(self, batch: Batch) -> Committed:
         if self._suspect:
@@ -261,7 +315,7 @@ class SQLiteStore:
         decided: _Decided | None = None
         state = Transaction()
         try:
-            if self._frames > WAL_PAGES:
+            if self._frames > (SHORT_WAL_PAGES if self._short else WAL_PAGES):
                 self._carry_over(writer)
             decided = _appended(batch, head)
             state.committing = decided is not None  # the whole transaction is one statement
@@ -292,7 +346,7 @@ class SQLiteStore:
         and the estimate learns from each WAL checkpoint.
         """
         _, frames = wal_checkpoint(writer, "PASSIVE")
-        estimate = self._frames / self._frames_per_weight
+        estimate = max(1.0, self._frames) / self._frames_per_weight
         self._frames_per_weight = min(4.0, max(0.25, frames / estimate))
         self._frames = 0.0
 
