@@ -303,8 +303,8 @@ class SQLiteStore:
 
     def _no_room(self) -> StoreFull:
         return StoreFull(
-            f"{self._address}: no room is left for events; what there is is kept for the outcomes of handlers. Nothing was stored. "
-            f"Free {(BYTES + MARGIN) // 1_048_576} MiB, and it goes on by itself"
+            f"{self._address}: no room is left for events; what there is is kept for the outcomes of handlers. Nothing was "
+            f"stored. Free {(BYTES + MARGIN) // 1_048_576} MiB, and it goes on by itself"
         )
 
     def _commit(self, batch: Batch) -> Committed:
