@@ -320,6 +320,9 @@ class Journal:
         self._notice_at = now + self.notice_every
         try:
             notice = self._store.notice()
+        except _FATAL as error:
+            self._post(self._on_failed, _Pending(), error)
+            return
         except EventBusError as error:
             if not self._blind:
                 _log.error("it cannot be seen what other instances do, trying again: %s", error)

@@ -301,7 +301,7 @@ class Store(Protocol):
         is asked for fifty times a second. Called only where the store is `shared`.
 
         Raises:
-            StoreUnavailable, StoreCorrupt: it could not be read.
+            StoreUnavailable: it could not be read. StoreLost, StoreCorrupt: nothing of it can be relied upon.
         """
 
     def read(self, query: Query[T]) -> T:

@@ -28,6 +28,7 @@ from eventbus.errors import (
     ConfigurationError,
     PublishOutcomeUnknown,
     StoreBusy,
+    StoreCorrupt,
     StoreError,
     StoreFull,
     StoreInUse,
@@ -256,6 +257,11 @@ class SQLiteStore:
             yield
         except sqlite3.Error as error:
             raise store_error(error, self._address) from error
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: UnicodeDecodeError) -> StoreCorrupt:
+        return StoreCorrupt(f"{self._address}: the database file is damaged; restore it, or see SQLite's .recover ({error})")
 
     def _check_open(self) -> None:
         if not self._opened:
@@ -329,6 +335,8 @@ class SQLiteStore:
                 self._suspect = self._suspect or is_io_error(error) or writer.in_transaction
                 raise store_error(error, self._address) from error
             self._find_out(decided, error)
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
         except (OverflowError, UnicodeError) as error:  # what SQLite cannot take as a value
             raise StoreError(f"{self._address}: a value cannot be stored: {error}; nothing of the batch was") from error
         if self._identity is not None:
@@ -391,6 +399,8 @@ class SQLiteStore:
         self._check_open()
         if writer is None or self._suspect or self._memory:
             return None  # the next commit opens it again
+        if self._identity is not None:
+            self._identity.check()  # who only reads, or waits, is to know as well
         died = any(self._lives(other) is False for other in self._others)
         with self._translated():
             (version,) = writer.execute("PRAGMA data_version").fetchone()

@@ -99,7 +99,7 @@ class Run:
     settled: Recorder = attrs.field(factory=Recorder)
 
     def declare(self) -> EventBus:
-        bus = EventBus(self.folder / "bus.db", retention=None)
+        bus = EventBus(self.folder / "bus.db", lease=300.0)  # renewals write, too: they are not what it goes on by
 
         @bus.subscribe(Written, name="first")
         async def first(event: Written) -> Followed:
