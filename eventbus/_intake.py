@@ -298,7 +298,7 @@ class Feed:
         """Give the records of a page to the intakes that take part and want them."""
         settled = self.settled_before
         for record in records:
-            if self._lanes > 1:  # the stored slot has no checksum
+            if self._lanes > 1 and record.fault is None:  # the stored slot has no checksum; a damaged record may have another key
                 record.slot = slot_of(record.id if record.key is None else record.key)
             intake = self.of(record)
             start = self._start_of(record.type) if record.fault is None else 0  # its type may be what is damaged

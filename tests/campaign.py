@@ -61,6 +61,7 @@ PARTS: Sequence[Part] = (
     Part("SIGKILL at random moments, 1 process", "kills", 10_000, "tests.crash.campaign", 2.0),
     Part("SIGKILL at every fail point", "kills", 5_000, "tests.crash.at_points"),
     Part("disk full", "times", 200, "tests.faults.disk_full"),
+    Part("calls of the disk that fail", "calls", 5_000, "tests.faults.failing_disk"),
     Part("flipped bits", "images", 20_000, "tests.faults.flipped_bits"),
 )
 
