@@ -37,7 +37,10 @@ class SystemClock:
 
 def to_datetime(seconds: float) -> datetime:
     """Unix seconds as an aware datetime in UTC."""
-    return datetime.fromtimestamp(seconds, UTC)
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):  # a row was damaged; whoever looks at it is to see the rest
+        return datetime.max.replace(tzinfo=UTC) if seconds > 0 else datetime.min.replace(tzinfo=UTC)
 
 
 _SEED = 10

@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from eventbus.stores.base import Events, Page, Record, lane_of_slot
+from eventbus.stores.base import Events, Page, Record, lane_of_slot, slot_of
 
 if TYPE_CHECKING:
     from eventbus._reader import Reader
@@ -298,8 +298,11 @@ class Feed:
         """Give the records of a page to the intakes that take part and want them."""
         settled = self.settled_before
         for record in records:
+            if self._lanes > 1 and record.fault is None:  # the stored slot has no checksum; a damaged record may have another key
+                record.slot = slot_of(record.id if record.key is None else record.key)
             intake = self.of(record)
-            if intake is None or intake not in behind or record.position <= max(intake.taken, self._start_of(record.type)):
+            start = self._start_of(record.type) if record.fault is None else 0  # its type may be what is damaged
+            if intake is None or intake not in behind or record.position <= max(intake.taken, start):
                 continue
             if settled is None or not settled(record):
                 behind[intake].append(record)

@@ -46,7 +46,7 @@ NOTICE_ALONE = 0.2
 """… and while there are none, so that one that comes is noticed."""
 
 RETRY_INTERVAL = 0.5
-"""Seconds after which outcomes that could not be written are tried again, if nothing else is."""
+"""Seconds after which outcomes that could not be written are tried again, and a disk that was full, if nothing else is."""
 
 _FATAL = (StoreLost, StoreCorrupt)
 """Failures after which nothing that the store says can be relied upon. After all others it is tried again."""
@@ -134,6 +134,7 @@ class Journal:
         self._room: collections.deque[tuple[int, Waiter]] = collections.deque()
         self._closing = False
         self._halted = False
+        self._full = False  # the store has no room for events: it is asked again and again
         self._outcomes_taken = 0.0
         self._retry_at = 0.0
         self._crash: EventBusError | None = None
@@ -294,7 +295,7 @@ class Journal:
     def run(self) -> None:
         """Commit what is pending, again and again, until closed. The job of the writer's thread."""
         while (pending := self._take()) is not None:
-            told = self._commit(pending) if pending.appends or pending.commands or pending.units else None
+            told = self._commit(pending) if self._is_worth_a_commit(pending) else None
             self.turn.leave()
             if told is not None:
                 self._post(*told)
@@ -302,6 +303,11 @@ class Journal:
                 job()
             if self.notice_every < math.inf:
                 self._look_around()
+
+    def _is_worth_a_commit(self, pending: _Pending) -> bool:
+        if pending.appends or pending.commands or pending.units:
+            return True
+        return self._full and not self._closing and self._clock.monotonic() >= self._retry_at
 
     def _look_around(self) -> None:
         """See what others have done, if it is time for that. By the machine's time: they do not go by the clock given here."""
@@ -316,6 +322,9 @@ class Journal:
         self._notice_at = now + self.notice_every
         try:
             notice = self._store.notice()
+        except _FATAL as error:
+            self._post(self._on_failed, _Pending(), error)
+            return
         except EventBusError as error:
             if not self._blind:
                 _log.error("it cannot be seen what other instances do, trying again: %s", error)
@@ -328,7 +337,7 @@ class Journal:
     def _commit(self, pending: _Pending) -> tuple[Callable[..., None], *tuple[object, ...]]:
         """Commit, and return what the loop is to call, and with what."""
         try:
-            return self._on_committed, pending, self._store.commit(self._batch(pending))
+            committed = self._store.commit(self._batch(pending))
         except EventBusError as error:
             self._put_back(pending, error)
             return self._on_failed, pending, error
@@ -336,6 +345,10 @@ class Journal:
             wrapped = PublishOutcomeUnknown([record.id for ticket in pending.appends for record in ticket.records])
             wrapped.__cause__ = error
             return self._on_failed, pending, wrapped, StoreError(f"the store failed unexpectedly: {error!r}")
+        self._full = committed.full is not None
+        if self._full:
+            self._retry_at = self._clock.monotonic() + RETRY_INTERVAL
+        return self._on_committed, pending, committed
 
     def _take(self) -> _Pending | None:
         """What is to be committed next; waits for it. None: there will be nothing more."""
@@ -362,7 +375,7 @@ class Journal:
         pending = self._pending
         if pending.appends or pending.commands or pending.jobs:
             return 0.0
-        if not pending.units and not pending.again:
+        if not pending.units and not pending.again and (self._closing or not self._full):
             return math.inf
         if self._closing:
             return 0.0
@@ -427,7 +440,9 @@ class Journal:
         for ticket, result in zip(pending.appends, committed.appends, strict=True):
             self._decide(ticket, result)
         if listener is not None:
-            if self._halted:
+            if committed.full is not None:
+                self._halt(committed.full)
+            elif self._halted:
                 self._halted = False
                 listener.proceed()
             listener.announce(committed)
@@ -447,11 +462,15 @@ class Journal:
         if self.listener is not None:
             if self._crash is not None:
                 self.listener.crashed(self._crash, told=bool(pending.appends))
-            elif pending.units and not self._halted:
-                self._halted = True
-                _log.error("outcomes cannot be written, dispatch waits: %s", error)
-                self.listener.halt(error)
+            elif pending.units:
+                self._halt(error)
         self._admit_waiting()
+
+    def _halt(self, error: EventBusError) -> None:
+        if self.listener is not None and not self._halted:
+            self._halted = True
+            _log.error("dispatch waits until more can be written: %s", error)
+            self.listener.halt(error)
 
     def _decide(self, ticket: _Ticket, result: object) -> None:
         self._size -= len(ticket.records)

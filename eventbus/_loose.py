@@ -88,7 +88,10 @@ class LooseSource:
 
     def hold_of(self, record: Record) -> Hold:
         """What a row for this event would stand for."""
-        return record.key if self._by_key and record.key is not None else record.position
+        # A damaged one waits behind no other: its key may be what is damaged, and it would not be found under it.
+        if self._by_key and record.key is not None and record.fault is None:
+            return record.key
+        return record.position
 
     def done(self) -> tuple[int, ...]:
         """Positions above the checkpoint that are settled or have a row."""

@@ -114,8 +114,10 @@ class Serving:
         return start
 
     def accepts(self, record: Record) -> bool:
-        """Whether this event is for it, and was not settled before its lanes were made anew."""
-        return record.position > self.start_of(record.type) and not (self.stored.floors and self._settled_before(record))
+        """Whether this event is for it, and was not settled before its lanes were made anew. One that is damaged is, whatever its
+        type says now: rather a dead letter too many than an event that is passed by."""
+        start = self.start_of(record.type) if record.fault is None else 0
+        return record.position > start and not (self.stored.floors and self._settled_before(record))
 
     def _settled_before(self, record: Record) -> bool:
         return self.stored.settled_before(record.position, record.type, record.slot, record.key)

@@ -66,6 +66,9 @@ PARTS: Sequence[Part] = (
     Part("power loss, torn writes", "images", 500_000, "tests.faults.power_loss", 6.0),
     Part("every operation of the disk failing", "runs", 5_000, "tests.faults.io_errors"),
     Part("another process holds the write lock, is stopped, is killed", "times", 1_000, "tests.faults.held_lock"),
+    Part("disk full", "times", 200, "tests.faults.disk_full"),
+    Part("calls of the disk that fail", "calls", 5_000, "tests.faults.failing_disk"),
+    Part("flipped bits", "images", 20_000, "tests.faults.flipped_bits"),
 )
 
 

@@ -36,7 +36,7 @@ DESCRIPTION = (
 
 ROUNDS = 3
 
-_SUFFIXES = ("", "-wal", "-shm", "-lock")
+_SUFFIXES = ("", "-wal", "-shm", "-lock", "-ballast")
 
 
 @attrs.frozen

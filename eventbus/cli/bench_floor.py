@@ -94,7 +94,7 @@ def measure_floor(path: Path, *, events: int, commits: int, like: Sequence[Order
 
 def remove(path: Path) -> None:
     """Remove a database with what belongs to it."""
-    for suffix in ("", "-wal", "-shm", "-lock", "-journal"):
+    for suffix in ("", "-wal", "-shm", "-lock", "-ballast", "-journal"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 

@@ -160,5 +160,7 @@ _KINDS: dict[int | None, tuple[type[StoreError], str]] = {
 def store_error(error: sqlite3.Error, address: str) -> StoreError:
     """The error of our tree for one of sqlite3."""
     kind, meaning = _KINDS.get(_primary(error), (StoreUnavailable, "SQLite refused it"))
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHMSIZE:
+        kind, meaning = _KINDS[sqlite3.SQLITE_FULL]  # the -shm file could not be made longer
     name = getattr(error, "sqlite_errorname", type(error).__name__)
     return kind(f"{address}: {meaning} ({name}: {error})")

@@ -104,6 +104,14 @@ class LockFile:
         """Whether an instance holds its lock; None where this cannot be told (no such locks there): its lease tells."""
         return lives_in(self._opened(), instance)
 
+    def is_alone(self) -> bool:
+        """Whether no other instance holds its lock; True also where that cannot be told."""
+        if not hasattr(fcntl, "F_OFD_GETLK"):
+            return True
+        all_of_them = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LIVES, 1 << 32, 0)
+        answer = fcntl.fcntl(self._opened(), fcntl.F_OFD_GETLK, all_of_them)
+        return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
+
     def _opened(self) -> int:
         if self._descriptor is None:
             raise StoreUnavailable(f"{self.path} is closed")

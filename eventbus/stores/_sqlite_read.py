@@ -99,13 +99,17 @@ def _page(connection: Connection, query: Events) -> Page:
     types = None if query.types is None else tuple(dict.fromkeys(query.types))
     ranges = len(types) if types and query.key is None and len(types) <= MOST_TYPES else 0
     timed = query.since is not None or query.until_time is not None
-    text = _page_text(ranges, query.key is not None, types is not None and not ranges, timed)
+    by_key = query.key is not None
+    text = _page_text(ranges, by_key, types is not None and not ranges and not by_key, timed)
     head, scanned, kept, last, raw = connection.execute(text, _page_parameters(query, types, ranges)).fetchone()
     rows = decode(raw, EVENT_ROWS, "events")
     rows.sort(key=_position)  # SQLite promises no order to an aggregate; this costs nothing where it is in order
     end = head if query.until is None else min(query.until, head)
     cut = last is not None and (kept < scanned or scanned >= query.limit)
-    return Page(records_of(rows), last if cut else end, head)
+    records = records_of(rows)
+    if by_key and types is not None:  # here, so that none is passed by whose type was damaged
+        records = [record for record in records if record.type in types or record.fault is not None]
+    return Page(records, last if cut else end, head)
 
 
 def _position(row: tuple[Any, ...]) -> int:

@@ -10,7 +10,7 @@ A store passes `eventbus.testing.conformance`, which says in tests what is said 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
@@ -91,6 +91,9 @@ from eventbus.stores.records import (
     storable,
     type_matches,
 )
+
+if TYPE_CHECKING:
+    from eventbus.errors import StoreFull
 
 __all__ = [
     "LARGEST",
@@ -207,8 +210,8 @@ class Committed(msgspec.Struct, frozen=True):
 
     Attributes:
         previous_head, head: the log's last position before and after.
-        appends: for each group its events' places, or the conflict for which it was left out whole; None where all of the group
-            has simply entered the log, so that its records say where they lie.
+        appends: for each group its events' places, or the error for which it was left out whole (a conflict, no room); None where
+            all of the group has simply entered the log, so that its records say where they lie.
         refused: for each unit that was left out, by its index, why.
         conflicts: indexes of the units whose delivery ended as a dead letter, by `Unit.conflict`.
         results: for each command its result, or the error for which it wrote nothing.
@@ -222,6 +225,7 @@ class Committed(msgspec.Struct, frozen=True):
     results: Sequence[object]
     events: Sequence[Record]
     conflicts: Sequence[int] = ()
+    full: StoreFull | None = None
 
 
 # ------------------------------------------------------------------ the protocol
@@ -303,7 +307,7 @@ class Store(Protocol):
         is asked for fifty times a second. Called only where the store is `shared`.
 
         Raises:
-            StoreUnavailable, StoreCorrupt: it could not be read.
+            StoreUnavailable: it could not be read. StoreLost, StoreCorrupt: nothing of it can be relied upon.
         """
 
     def read(self, query: Query[T]) -> T:

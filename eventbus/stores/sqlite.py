@@ -4,7 +4,8 @@ publish → journal → *store* → lanes → workers → outcome. In come batch
 queries from the reader's; out go what became durable, and pages of the log. Here are opening, closing and what happens when
 the disk fails; the rest stands in:
 
-- `_sqlite_locks`: whose turn it is to write, and who lives; `_sqlite_file`: file systems, deleted files;
+- `_sqlite_locks`: whose turn it is to write, and who lives; `_sqlite_file`: file systems, deleted files; `_sqlite_wal`: what a
+  damaged WAL would lose; `_sqlite_ballast`: room for a disk that is full;
 - `_sqlite_connection`: settings, transactions, errors; `_sqlite_schema`: the tables; `_sqlite_rows`: their rows as records;
 - `_sqlite_commit`, `_sqlite_insert`, `_sqlite_units`: the way of an event; `_sqlite_commands`, `_sqlite_register`,
   `_sqlite_members`, `_sqlite_prune`: the other writes; `_sqlite_read`: reading.
@@ -27,11 +28,14 @@ from eventbus.errors import (
     ConfigurationError,
     PublishOutcomeUnknown,
     StoreBusy,
+    StoreCorrupt,
     StoreError,
+    StoreFull,
     StoreInUse,
     StoreLost,
     StoreUnavailable,
 )
+from eventbus.stores._sqlite_ballast import BYTES, MARGIN, Ballast
 from eventbus.stores._sqlite_commands import Commands
 from eventbus.stores._sqlite_commit import HEAD, Entering, append_after, look, only_appended
 from eventbus.stores._sqlite_connection import (
@@ -52,12 +56,16 @@ from eventbus.stores._sqlite_read import answer
 from eventbus.stores._sqlite_rows import lane_values
 from eventbus.stores._sqlite_schema import migrate
 from eventbus.stores._sqlite_units import Outcomes
+from eventbus.stores._sqlite_wal import refuse_cut_off
 from eventbus.stores.base import Batch, Committed, Features, Instance, Notice, Query, Record
 
 T = TypeVar("T")
 
 WAL_PAGES = 1_000
 """Pages in the WAL after which it is carried over into the database."""
+
+SHORT_WAL_PAGES = 50
+"""… while the disk is full."""
 
 _EVENTS_PER_PAGE = 4
 _PAGES_PER_COMMIT = 6
@@ -110,6 +118,8 @@ class SQLiteStore:
         # come meanwhile wait.
         self._reading = threading.RLock()
         self._suspect = False
+        self._ballast: Ballast | None = None
+        self._short = False  # the ballast was removed, or could not be made
         self._instance = ""
         self._others: list[str] = []  # instances that were alive when we looked last
         self._data_version = -1
@@ -146,14 +156,33 @@ class SQLiteStore:
                     self._lock.live(instance.id)
                 self._instance = instance.id
                 with self._turn(self._in_use):
-                    self._connect()
+                    self._connect_with_room()
             self._suspect = False
             self._opened = True
         except BaseException:
             self.close()
             raise
 
+    def _connect_with_room(self) -> None:
+        """Connect, on a disk that is full with the help of the ballast."""
+        if self._memory:
+            self._connect()
+            return
+        ballast = self._ballast = Ballast(self._path)
+        self._short = not ballast.make()
+        try:
+            self._connect()
+        except sqlite3.Error:
+            if ballast.has_room(MARGIN) or not ballast.is_there():
+                raise
+            self._disconnect()
+            ballast.free()
+            self._short = True
+            self._connect()
+
     def _connect(self) -> None:
+        if self._full and self._lock is not None and self._lock.is_alone():
+            refuse_cut_off(self._path)  # now SQLite would recover
         writer = self._writer = connect(self._path, full=self._full)
         migrate(writer, self._address)
         if not self._memory:
@@ -228,6 +257,11 @@ class SQLiteStore:
             yield
         except sqlite3.Error as error:
             raise store_error(error, self._address) from error
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: UnicodeDecodeError) -> StoreCorrupt:
+        return StoreCorrupt(f"{self._address}: the database file is damaged; restore it, or see SQLite's .recover ({error})")
 
     def _check_open(self) -> None:
         if not self._opened:
@@ -247,7 +281,37 @@ class SQLiteStore:
         """See `Store.commit`."""
         self._check_open()
         with self._turn(self._busy):
+            return self._commit(batch) if self._ballast is None else self._commit_with_room(batch, self._ballast)
+
+    def _commit_with_room(self, batch: Batch, ballast: Ballast) -> Committed:
+        """Commit a batch; when no room is left, in that of the ballast, without its events. See docs/decisions/0018."""
+        if self._short or (self._others and not ballast.is_there()):
+            self._short = not ballast.make()
+        if self._short:
+            return self._commit_without_events(batch)
+        try:
             return self._commit(batch)
+        except StoreFull:
+            if not batch.units and not batch.commands:
+                raise
+        ballast.free()
+        self._short = True
+        with contextlib.suppress(sqlite3.Error):
+            self._carry_over(self._connected(self._writer))  # the WAL begins anew, and grows no more
+        return self._commit_without_events(batch)
+
+    def _commit_without_events(self, batch: Batch) -> Committed:
+        if any(batch.appends) and not batch.units and not batch.commands:
+            raise self._no_room()
+        committed = self._commit(msgspec.structs.replace(batch, appends=()))
+        refused = [self._no_room() if group else None for group in batch.appends]
+        return msgspec.structs.replace(committed, appends=refused, full=self._no_room())
+
+    def _no_room(self) -> StoreFull:
+        return StoreFull(
+            f"{self._address}: no room is left for events; what there is is kept for the outcomes of handlers. Nothing was "
+            f"stored. Free {(BYTES + MARGIN) // 1_048_576} MiB, and it goes on by itself"
+        )
 
     def _commit(self, batch: Batch) -> Committed:
         if self._suspect:
@@ -257,7 +321,7 @@ class SQLiteStore:
         decided: _Decided | None = None
         state = Transaction()
         try:
-            if self._frames > WAL_PAGES:
+            if self._frames > (SHORT_WAL_PAGES if self._short else WAL_PAGES):
                 self._carry_over(writer)
             decided = _appended(batch, head)
             state.committing = decided is not None  # the whole transaction is one statement
@@ -271,6 +335,8 @@ class SQLiteStore:
                 self._suspect = self._suspect or is_io_error(error) or writer.in_transaction
                 raise store_error(error, self._address) from error
             self._find_out(decided, error)
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
         except (OverflowError, UnicodeError) as error:  # what SQLite cannot take as a value
             raise StoreError(f"{self._address}: a value cannot be stored: {error}; nothing of the batch was") from error
         if self._identity is not None:
@@ -288,7 +354,7 @@ class SQLiteStore:
         and the estimate learns from each WAL checkpoint.
         """
         _, frames = wal_checkpoint(writer, "PASSIVE")
-        estimate = self._frames / self._frames_per_weight
+        estimate = max(1.0, self._frames) / self._frames_per_weight
         self._frames_per_weight = min(4.0, max(0.25, frames / estimate))
         self._frames = 0.0
 
@@ -333,6 +399,8 @@ class SQLiteStore:
         self._check_open()
         if writer is None or self._suspect or self._memory:
             return None  # the next commit opens it again
+        if self._identity is not None:
+            self._identity.check()  # who only reads, or waits, is to know as well
         died = any(self._lives(other) is False for other in self._others)
         with self._translated():
             (version,) = writer.execute("PRAGMA data_version").fetchone()

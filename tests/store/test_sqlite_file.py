@@ -128,7 +128,7 @@ def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
     with opened(tmp_path / "a.db") as store:
         store.commit(Batch(NOW, appends=[records(1)]))
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
-    assert modes == dict.fromkeys(("a.db", "a.db-wal", "a.db-shm", "a.db-lock"), 0o600)
+    assert modes == dict.fromkeys(("a.db", "a.db-wal", "a.db-shm", "a.db-lock", "a.db-ballast"), 0o600)
 
 
 def test_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,5 +404,5 @@ def test_the_wal_goes_with_the_store(tmp_path: Path) -> None:
     """After closing, everything is in the one file."""
     with opened(tmp_path / "a.db") as store:
         store.commit(Batch(NOW, appends=[records(3)]))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.db", "a.db-lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.db", "a.db-ballast", "a.db-lock"]
     assert outside(tmp_path / "a.db", "SELECT count(*) FROM events") == [(3,)]

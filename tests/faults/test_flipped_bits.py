@@ -1,0 +1,72 @@
+"""Flipped bits in the database and its WAL are found, or do no harm."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import flipped_bits
+from tests.faults.flipped_bits import IMAGES, Key, Opened, Opener, Original, original, put, wrong
+
+CASES = 5
+EVENT = b"flip.ordered"
+DATA = b'{"n":'
+
+
+@pytest.mark.parametrize("number", range(CASES))
+def test_found_or_harmless(number: int) -> None:
+    """What is delivered from a damaged file is what was published; what is not delivered was reported, or SQLite's own
+    check would tell of it."""
+    case = flipped_bits.case(1, number)
+    assert not case.faults, "\n".join(case.faults)
+    assert case.checked == IMAGES
+
+
+@pytest.fixture(scope="module")
+def opener() -> Iterator[Opener]:
+    """Opens images in another process."""
+    opener = Opener()
+    yield opener
+    opener.close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, opener: Opener) -> Original:
+    """A database that was closed."""
+    return original(tmp_path_factory.mktemp("bits"), 0, opener)
+
+
+def waiting(made: Original, subscription: str) -> list[str]:
+    """Events that wait for a subscription, in order."""
+    return sorted(id for name, id in made.due if name == subscription)
+
+
+def row_of(made: Original, id: str) -> range:
+    """Where the values of an event's row lie in the database: from its id to the end of its data."""
+    file = made.files[""]
+    begin = file.index(id.encode() + EVENT)
+    assert file.find(id.encode() + EVENT, begin + 1) == -1
+    return range(begin, file.index(b"}", file.index(DATA, begin)) + 1)
+
+
+@pytest.mark.parametrize("subscription", ["by type", "by key", "loose", "audit"])
+def test_every_byte_of_an_event(made: Original, opener: Opener, subscription: str, tmp_path: Path) -> None:
+    """An event whose row was damaged, in whatever byte, is delivered as it was published, or is a dead letter; also for a
+    subscription that has it waiting for another attempt, or behind one."""
+    chance = random.Random(3)
+    ids = [id for id in waiting(made, subscription) if id.encode() + EVENT in made.files[""]]
+    for id in (ids[0], ids[-1]):
+        key: Key = (subscription, id)
+        row = row_of(made, id)
+        type_to_slot = row[36:62]
+        for place in (*row[:36:9], *type_to_slot[:: 1 if subscription == "by key" else 3], *row[62::9]):
+            data = bytearray(made.files[""])
+            data[place] ^= 1 << chance.randrange(8)
+            put(tmp_path / f"{place}.db", {"": bytes(data)})
+            opened = opener.open(tmp_path / f"{place}.db")
+            assert isinstance(opened, Opened)
+            assert not list(wrong(made, opened)), (place - row.start, bytes(data[row.start : row.start + 80]), opened.said)
+            assert key in {key for key, _ in opened.seen} | opened.dead or opened.told(subscription), place
