@@ -47,7 +47,7 @@ class Pool:
         self.environment = environment
         self.context = context
         self.context_of_threads = context_for_threads(context)
-        self.threads = Threads(name)
+        self.threads = Threads(name, environment.loop.worker)
         self.stopping = False
         self.on_exit: Callable[[BaseException], object] = lambda _error: None
         self._limit = limit
