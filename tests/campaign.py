@@ -60,6 +60,8 @@ class Part:
 PARTS: Sequence[Part] = (
     Part("SIGKILL at random moments, 1 process", "kills", 10_000, "tests.crash.campaign", 2.0),
     Part("SIGKILL at every fail point", "kills", 5_000, "tests.crash.at_points"),
+    Part("random programs against a model", "steps", 5_000_000, "tests.simulation.store_steps"),
+    Part("whole-bus simulation", "runs", 500_000, "tests.simulation.bus", 2.0),
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import random
@@ -240,12 +241,9 @@ class SimulatedLoop(_Asyncio):
 class _Task(asyncio.Task[Any]):
     """A task whose hash, and so its place in a set, is not where it lies in memory."""
 
-    made = 0
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        _Task.made += 1
-        self._number = _Task.made
-        super().__init__(*args, **options)
+    def __init__(self, number: int, coro: Coroutine[Any, Any, Any], **options: Any) -> None:
+        self._number = number
+        super().__init__(coro, **options)
 
     def __hash__(self) -> int:
         return self._number
@@ -277,7 +275,8 @@ class Loop(asyncio.BaseEventLoop):
         self._scheduler = scheduler
         self._steps = 0
         self._selector = _Selector(scheduler)
-        self.set_task_factory(lambda loop, coro, **options: _Task(coro, loop=loop, **options))
+        numbers = itertools.count(1)
+        self.set_task_factory(lambda loop, coro, **options: _Task(next(numbers), coro, loop=loop, **options))
         self.set_exception_handler(self._complain)
 
     def time(self) -> float:

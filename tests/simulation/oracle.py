@@ -235,12 +235,12 @@ class Transaction:
         event = disk.log.get(unit.position)
         if event is None:
             return
+        disk.last_letter += 1  # also where it is not needed: ids need not be without gaps, and SQLite's are like that
         for letter in disk.letters.values():
             if (letter.subscription, letter.record.id) == (unit.subscription, event.id):
                 known = msgspec.structs.replace(death, first_failed_at=letter.death.first_failed_at)
                 disk.letters[letter.id] = msgspec.structs.replace(letter, death=known)
                 return
-        disk.last_letter += 1
         disk.letters[disk.last_letter] = DeadLetterRow(
             disk.last_letter, unit.subscription, event, death, redriving=False, attempt=0, due_at=None
         )

@@ -66,15 +66,13 @@ def _page(disk: Disk, query: Events) -> Page:
     ]
     records: list[Record] = []
     room = query.max_bytes
-    for count, event in enumerate(seen):
-        if count == query.limit:
-            return Page(records, seen[count - 1].position, disk.head)
+    for count, event in enumerate(seen[: query.limit]):
         if (query.since is None or event.time >= query.since) and (query.until_time is None or event.time <= query.until_time):
             room -= len(event.data)
             if records and room < 0:
                 return Page(records, seen[count - 1].position, disk.head)
             records.append(_copy(event))
-    return Page(records, end, disk.head)
+    return Page(records, end if len(seen) < query.limit else seen[query.limit - 1].position, disk.head)
 
 
 def position_before(disk: Disk, time: float) -> int:

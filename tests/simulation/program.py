@@ -21,6 +21,7 @@ from anyio.lowlevel import current_token
 from eventbus import Breaker, Delivery, Draft, EventBus, Reject, RetryAfter, RetryPolicy, event
 from eventbus import _intake, _lanes, _loose, _running, _side
 from eventbus._clock import Ids
+from eventbus._codec import JSONCodec
 from eventbus.errors import (
     BusNotOpen,
     EventBusError,
@@ -61,6 +62,7 @@ class C:
     key: str | None
 
 
+CODEC = JSONCodec()  # one for all: to prepare it for a class takes longer than a run
 KINDS: tuple[type[A] | type[B] | type[C], ...] = (A, B, C)
 KEYS = (None, "k", "l", "m")
 
@@ -174,6 +176,7 @@ class Run:
         bus = EventBus(
             "not opened",
             clock=scheduler.clock,
+            codec=CODEC,
             workers=chance.choice((2, 4, 100)),
             retention=chance.choice((None, timedelta(seconds=1))),
             max_pending=chance.choice((3, 10_000)),
@@ -362,8 +365,8 @@ class Run:
 
     async def _make_good(self) -> None:
         """Nothing fails any more: resume, redrive, work off, until nothing is left."""
-        await anyio.sleep(5)  # what is scheduled has become due
         for _ in range(10):
+            await anyio.sleep(1)  # what is scheduled becomes due
             for wanted in self.wanted:
                 await self.bus.resume(wanted.name)
             if self.disk.letters:

@@ -116,19 +116,19 @@ class Truth:
         number = self.attempts[subscription, name]
         again = " replaying" if delivery.replaying else ""
         self.note(f"{subscription} begins {name} at {envelope.position}, attempt {delivery.attempt} ({number}){again}")
-        if not delivery.replaying:
-            self._is_due(subscription, envelope.id, envelope.position, name)
+        if not delivery.replaying and not self._is_redriven(subscription, envelope.id):
+            self._is_due(subscription, envelope.position, name)
             self._is_in_order(subscription, envelope.position, name)
         return number
 
-    def _is_due(self, subscription: Name, id: str, position: int, name: str) -> None:
+    def _is_redriven(self, subscription: Name, id: str) -> bool:
+        letters = self.disk.letters.values()
+        return any(each.redriving and (each.subscription, each.record.id) == (subscription, id) for each in letters)
+
+    def _is_due(self, subscription: Name, position: int, name: str) -> None:
         disk = self.disk
         known, event = disk.subscriptions.get(subscription), disk.log.get(position)
-        redriven = any(
-            letter.redriving and letter.record.id == id and letter.subscription == subscription
-            for letter in disk.letters.values()
-        )
-        if redriven or known is None:
+        if known is None:
             return
         if event is None or not (disk.is_unsettled(known, event) or disk.is_waited_for(known, event)):
             self.wrong(f"{subscription} is given {name} at {position}, which the store says is settled")
