@@ -203,7 +203,7 @@ class History:
         if chance.random() < 0.25:
             key = chance.choice(KEYS)
             options["rows"] = (Waiting(max(1, position), key, chance.randint(0, 3), self._now + 2, first_failed_at=self._now, error="E"),)
-        if chance.random() < 0.25:
+        if chance.random() < 0.25 and position <= disk.head:
             options["death"] = death(chance.choice(("ValueError", "app.KeyError")), last_failed_at=self._now)
         if chance.random() < 0.3:
             options["published"] = tuple(self._record() for _ in range(chance.randint(1, 2)))
