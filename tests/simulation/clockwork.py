@@ -13,6 +13,8 @@ import itertools
 import logging
 import math
 import random
+import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -41,7 +43,7 @@ class Clock(SystemClock):
     def time(self) -> float:
         return round((1_700_000_000 + self._scheduler.now) * 1e6) / 1e6
 
-    def monotonic(self) -> float:  # type: ignore[override]  # the system's is a function, for speed
+    def monotonic(self) -> float:  # the system's is a function, for speed
         scheduler = self._scheduler
         scheduler.now += scheduler.random.random() * 0.0002
         return scheduler.now
@@ -65,6 +67,7 @@ class Scheduler:
 
     def run(self, main: Coroutine[Any, Any, None]) -> bool:
         """Run to the end; False if it was ended by a crash. Raises what `main` raises, or Hangs."""
+        sys.unraisablehook = self._unraisable  # stays: what a crash leaves behind may be found by the collector later
         self._main = self.loop.create_task(main)
         self._main.add_done_callback(lambda _task: self.loop.stop())
         try:
@@ -76,6 +79,10 @@ class Scheduler:
         finally:
             self._take_down()
         return True
+
+    def _unraisable(self, found: sys.UnraisableHookArgs) -> None:
+        if not self.dead:
+            self.complaints.append(f"{found.err_msg}: {found.exc_value!r}")
 
     def crash(self) -> None:
         """Nothing runs any more from here on: what calls this does not come back."""
@@ -90,18 +97,20 @@ class Scheduler:
         """Forget what was under way, without a word of it. What it does at its end goes nowhere: the store is closed to it."""
         self.dead = True
         logging.disable(logging.CRITICAL)
+        warnings.simplefilter("ignore")
         asyncio._set_running_loop(self.loop)
         try:
-            for task in sorted(asyncio.all_tasks(self.loop), key=_Task.__hash__):
+            for task in sorted(asyncio.all_tasks(self.loop), key=hash):
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 with contextlib.suppress(BaseException):
-                    task.get_coro().close()  # type: ignore[union-attr]
+                    task.get_coro().close()
             for worker in self.workers:
                 for _ in range(20):
                     if not worker.dead:
                         worker.throw(greenlet.GreenletExit)
         finally:
             asyncio._set_running_loop(None)
+            warnings.resetwarnings()
             self.loop.close()
             logging.disable(logging.NOTSET)
 

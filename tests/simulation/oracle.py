@@ -127,7 +127,7 @@ class Transaction:
             refusal = self._refusal(unit)
             if refusal is not None:
                 refused[index] = refusal
-            elif isinstance(conflict := self._settle(unit), IdempotencyConflict):
+            elif self._settle(unit) is not None:
                 conflicts.append(index)
         if any(unit.pause is not None for index, unit in enumerate(batch.units) if index not in refused):
             self._disk.changes += 1

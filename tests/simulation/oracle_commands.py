@@ -142,9 +142,7 @@ def _switch(disk: Disk, known: Subscribed, wanted: Registration) -> Subscribed:
         waiting = tuple((row.waiting.position, row.waiting.key) for row in rows)
         floors = (*known.floors, Floor(known.order, known.concurrency, settled, waiting))
     generation = disk.changes + 1
-    now = msgspec.structs.replace(
-        known, order=wanted.order, concurrency=wanted.concurrency, generation=generation, floors=floors
-    )
+    now = msgspec.structs.replace(known, order=wanted.order, concurrency=wanted.concurrency, generation=generation, floors=floors)
     disk.forget(known.name)
     if now.order == "type":
         names = [type for type in disk.types() if since_of(now.since, type) is not None]
@@ -264,7 +262,9 @@ def _claim(scene: Scene, command: Claim) -> tuple[LaneState | None, ...]:
     disk = scene.disk
     alive = disk.present.keys() - {command.instance}
     results: list[LaneState | None] = []
-    free = {key for key in ((s, lane) for s, lane, _ in command.lanes) if key not in disk.lanes or disk.lanes[key].owner not in alive}
+    free = {
+        key for key in ((s, lane) for s, lane, _ in command.lanes) if key not in disk.lanes or disk.lanes[key].owner not in alive
+    }
     for name, lane, start in command.lanes:
         generation = disk.subscriptions[name].generation if name in disk.subscriptions else 0
         if (name, lane) not in free or command.generations.get(name, generation) != generation:

@@ -156,7 +156,7 @@ _ANSWERS: Mapping[type, Callable[[Disk, Any], object]] = {
     Types: lambda disk, _: disk.types(),
     PositionBefore: lambda disk, query: position_before(disk, query.time),
     LogState: lambda disk, _: Retained(disk.head, disk.pruned_to, disk.pruned_time, min(len(disk.log), 10_001)),
-    NextDue: lambda disk, _: min((event.due_at for event in disk.scheduled.values()), default=None),
+    NextDue: lambda disk, _: min((event.due_at or 0.0 for event in disk.scheduled.values()), default=None),
     Lag: _lag,
     LagOfRows: _lag_of_rows,
     Subscriptions: lambda disk, _: tuple(subscribed for _, subscribed in sorted(disk.subscriptions.items())),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -18,8 +18,21 @@ import anyio
 import attrs
 from anyio.lowlevel import current_token
 
-from eventbus import Breaker, Delivery, Draft, EventBus, Reject, RetryAfter, RetryPolicy, event
-from eventbus import _intake, _lanes, _loose, _running, _side
+from eventbus import (
+    Breaker,
+    Delivery,
+    Draft,
+    EventBus,
+    Reject,
+    RetryAfter,
+    RetryPolicy,
+    _intake,
+    _lanes,
+    _loose,
+    _running,
+    _side,
+    event,
+)
 from eventbus._clock import Ids
 from eventbus._codec import JSONCodec
 from eventbus.errors import (
@@ -63,7 +76,7 @@ class C:
 
 
 CODEC = JSONCodec()  # one for all: to prepare it for a class takes longer than a run
-KINDS: tuple[type[A] | type[B] | type[C], ...] = (A, B, C)
+KINDS: tuple[type[A | B | C], ...] = (A, B, C)
 KEYS = (None, "k", "l", "m")
 
 
@@ -325,41 +338,44 @@ class Run:
             await chance.choice(receipts).handled(timeout=chance.random() * 3)
 
     async def _interfere(self) -> None:
-        chance, bus = self.random, self.bus
-        wanted = chance.choice(self.wanted)
-        what = chance.choice(
-            ("pause", "resume", "redrive", "discard", "replay", "rewind", "drain", "cancel", "stats", "history", "status")
-        )
-        self.truth.note(f"somebody: {what} {wanted.name}")
-        if what == "pause":
-            await bus.pause(wanted.name)
-        elif what == "resume":
-            await bus.resume(wanted.name)
-        elif what == "redrive":
-            await bus.dead_letters.redrive(subscription=wanted.name)
-        elif what == "discard":
-            self.truth.forget_letters(wanted.name)
-            letters = await bus.dead_letters.list(subscription=wanted.name, limit=2)
-            for letter in letters:
-                self.truth.discarded.add((wanted.name, letter.envelope.event.name))  # type: ignore[attr-defined]
-                await bus.dead_letters.discard(letter.id)
-        elif what == "replay":
-            await bus.replay(to=wanted.name)
-        elif what == "rewind":
-            await bus.rewind(wanted.name, after=chance.randint(0, max(1, self.disk.head)))
-        elif what == "drain":
-            await bus.drain(timeout=chance.random() * 5)
-        elif what == "cancel" and self._scheduled:
-            id = chance.choice(self._scheduled)
+        what = self.random.choice(INTERFERENCES)
+        wanted = self.random.choice(self.wanted)
+        self.truth.note(f"somebody: {what.__name__} {wanted.name}")
+        await what(self, wanted.name)
+
+    async def pause(self, name: str) -> None:
+        await self.bus.pause(name)
+
+    async def resume(self, name: str) -> None:
+        await self.bus.resume(name)
+
+    async def redrive(self, name: str) -> None:
+        await self.bus.dead_letters.redrive(subscription=name)
+
+    async def discard(self, name: str) -> None:
+        for letter in await self.bus.dead_letters.list(subscription=name, limit=2):
+            self.truth.discarded.add((name, letter.envelope.event.name))  # type: ignore[attr-defined]
+            await self.bus.dead_letters.discard(letter.id)
+
+    async def replay(self, name: str) -> None:
+        await self.bus.replay(to=name)
+
+    async def rewind(self, name: str) -> None:
+        await self.bus.rewind(name, after=self.random.randint(0, max(1, self.disk.head)))
+
+    async def drain(self, name: str) -> None:
+        await self.bus.drain(timeout=self.random.random() * 5)
+
+    async def cancel(self, name: str) -> None:
+        if self._scheduled:
+            id = self.random.choice(self._scheduled)
             self.truth.cancelled.add(id)
-            await bus.cancel(id)
-        elif what == "stats":
-            await bus.stats()
-        elif what == "history":
-            async for envelope in bus.history():
-                assert envelope.position
-        elif what == "status" and self.truth.acknowledged:
-            await bus.status(chance.choice(list(self.truth.acknowledged.values())).id)
+            await self.bus.cancel(id)
+
+    async def look(self, name: str) -> None:
+        await self.bus.stats()
+        async for envelope in self.bus.history():
+            await self.bus.status(envelope.id)
 
     # -------------------------------------------------------------- the end
 
@@ -376,6 +392,11 @@ class Run:
             if not self.disk.letters and not self.disk.scheduled and not any(left.values()):
                 return
         self.truth.wrong(f"it is never worked off: {dict(left)}, {len(self.disk.letters)} dead letters")
+
+
+INTERFERENCES: Sequence[Callable[[Run, str], Awaitable[None]]] = (
+    *(Run.pause, Run.resume, Run.redrive, Run.discard, Run.replay, Run.rewind, Run.drain, Run.drain, Run.cancel, Run.look),
+)
 
 
 @contextlib.contextmanager

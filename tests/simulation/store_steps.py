@@ -202,7 +202,9 @@ class History:
             options |= {"attempt": 2, "due_at": self._now + 1, "first_failed_at": self._now, "error": "E: no"}
         if chance.random() < 0.25:
             key = chance.choice(KEYS)
-            options["rows"] = (Waiting(max(1, position), key, chance.randint(0, 3), self._now + 2, first_failed_at=self._now, error="E"),)
+            options["rows"] = (
+                Waiting(max(1, position), key, chance.randint(0, 3), self._now + 2, first_failed_at=self._now, error="E"),
+            )
         if chance.random() < 0.25 and position <= disk.head:
             options["death"] = death(chance.choice(("ValueError", "app.KeyError")), last_failed_at=self._now)
         if chance.random() < 0.3:
@@ -251,7 +253,9 @@ class History:
         self._monotonic += chance.choice((1.0, 1.0, 6.0))
         name = chance.choice(NAMES)
         known = self.disk.subscriptions.get(name)
-        serves = {name: Serves(known.order, known.concurrency, known.types)} if known is not None and chance.random() < 0.5 else {}
+        serves = (
+            {name: Serves(known.order, known.concurrency, known.types)} if known is not None and chance.random() < 0.5 else {}
+        )
         pinned = self.position() if chance.random() < 0.2 else None
         return Beat(who, self._monotonic, 10.0, serves, (), pinned, leaving=chance.random() < 0.2)
 
@@ -285,7 +289,7 @@ class History:
             ("redriving", (True, False)),
         ):
             if chance.random() < 0.15:
-                options[field] = chance.choice(values)  # type: ignore[arg-type]
+                options[field] = chance.choice(values)
         return DeadLetterFilter(**options)
 
     def id(self) -> str:
@@ -313,7 +317,9 @@ COMMANDS: Sequence[Callable[[History], Command[Any]]] = (
     lambda h: Redrive(h.filter()),
     lambda h: Redrive(h.filter()),
     lambda h: Discard(h.filter()),
-    lambda h: Prune(h.now() - 2, h.now() - h.chance.choice((0, 100)), h.chance.choice((0, h.position())), h.chance.choice((3, 999))),
+    lambda h: Prune(
+        h.now() - 2, h.now() - h.chance.choice((0, 100)), h.chance.choice((0, h.position())), h.chance.choice((3, 999))
+    ),
     lambda h: Prune(h.now() + 1, 0.0, 0, 999, h.chance.choice((None, h.position()))),
 )
 
@@ -347,7 +353,12 @@ QUESTIONS: Sequence[Callable[[History], Query[Any]]] = (
     lambda h: PositionBefore(h.now() - h.chance.randint(0, 30)),
     lambda _: LogState(),
     lambda _: NextDue(),
-    lambda h: Lag(h.position(), h.chance.choice((None, ("a",), ("a", "d"))), h.chance.choice(((0, 1024), (100, 600))), h.chance.choice((2, 99))),
+    lambda h: Lag(
+        h.position(),
+        h.chance.choice((None, ("a",), ("a", "d"))),
+        h.chance.choice(((0, 1024), (100, 600))),
+        h.chance.choice((2, 99)),
+    ),
     lambda h: LagOfRows(_name(h), h.chance.choice((None, ("a", "b")))),
 )
 

@@ -153,12 +153,6 @@ class Truth:
         if not replaying:
             self.handled[subscription, name] += 1
 
-    def forget_letters(self, subscription: Name | None) -> None:
-        """Dead letters are about to be discarded: some of these."""
-        for letter in self.disk.letters.values():
-            if subscription in {None, letter.subscription}:
-                self.discarded.add((letter.subscription, name_of(letter.record)))
-
     # -------------------------------------------------------------- the end
 
     def judge(self) -> None:
