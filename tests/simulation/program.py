@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -123,7 +123,7 @@ class Run:
         self.weather = self._weather()
         self.wanted = [_wanted(self.random, f"s{number}") for number in range(self.random.randint(1, 3))]
         self.good = False
-        self.bus: EventBus
+        self.buses: list[EventBus] = []
         self._names = 0
         self._scheduled: list[str] = []
         self._scheduler: Scheduler
@@ -146,6 +146,8 @@ class Run:
     def run(self) -> list[str]:
         """Do it all; what was wrong."""
         for number in range(self.random.randint(1, 4)):
+            if number and self.random.random() < 0.2:
+                self._deploy()
             self._begin(f"{self.seed} {number}", self._live)
         self.good = True
         self.weather = Weather()
@@ -155,6 +157,14 @@ class Run:
             self.truth.judge_chains(self._owed())
         return self.truth.faults
 
+    def _deploy(self) -> None:
+        """Another program: one of its subscriptions has another order. That order holds from here on."""
+        place = self.random.randrange(len(self.wanted))
+        now = _wanted(self.random, self.wanted[place].name)
+        self.wanted[place] = attrs.evolve(now, kinds=self.wanted[place].kinds)
+        self.truth.note(f"deploys {self.wanted[place]}")
+        self.truth.forget_order(now.name)
+
     def _begin(self, seed: str, body: Callable[[], Awaitable[None]]) -> None:
         """One life of the program, to its end or to a crash."""
         if self.truth.faults:
@@ -162,6 +172,7 @@ class Run:
         now = self.random.random() if self.truth.scheduler is None else self.truth.scheduler.now + self.random.random() * 15
         scheduler = self._scheduler = self.truth.scheduler = Scheduler(seed, now)
         try:
+            self.buses = []
             with _world(scheduler):
                 self.truth.note("begins")
                 ended = scheduler.run(self._life(scheduler, body))
@@ -173,16 +184,36 @@ class Run:
         self.disk.connected.clear()
 
     async def _life(self, scheduler: Scheduler, body: Callable[[], Awaitable[None]]) -> None:
-        bus = self.bus = self._bus(scheduler)
-        store = FaultyStore(self.disk, scheduler, self.weather, self.truth)
+        bus = self._bus(scheduler)
         try:
-            async with bus.open(store, stop_timeout=self.random.choice((0.0, 0.1, 1.0))):
-                self.truth.note("is open")
+            async with self._opened(scheduler, bus):
                 await body()
         except (StoreError, PublishOutcomeUnknown) as error:
             self.truth.note(f"the bus ends: {error!r}")
             if self.good:
                 raise
+
+    @contextlib.asynccontextmanager
+    async def _opened(self, scheduler: Scheduler, bus: EventBus) -> AsyncIterator[None]:
+        store = FaultyStore(self.disk, scheduler, self.weather, self.truth)
+        async with bus.open(store, stop_timeout=self.random.choice((0.0, 0.1, 1.0))):
+            self.truth.note("is open")
+            self.buses.append(bus)
+            try:
+                yield
+            finally:
+                self.truth.note("stops")
+                self.buses.remove(bus)
+
+    async def _another(self, scheduler: Scheduler) -> None:
+        """Another instance comes, and goes."""
+        chance = self.random
+        await anyio.sleep(chance.random())
+        try:
+            async with self._opened(scheduler, self._bus(scheduler)):
+                await anyio.sleep(chance.random() * 4)
+        except (StoreError, PublishOutcomeUnknown) as error:
+            self.truth.note(f"the other bus ends: {error!r}")
 
     def _bus(self, scheduler: Scheduler) -> EventBus:
         chance = self.random
@@ -207,6 +238,13 @@ class Run:
                 start="beginning",
             )(self._handler(wanted))
         return bus
+
+    @property
+    def bus(self) -> EventBus:
+        """One of those that are open."""
+        if not self.buses:
+            raise BusNotOpen("none is open")
+        return self.random.choice(self.buses)
 
     # -------------------------------------------------------------- handlers
 
@@ -278,6 +316,8 @@ class Run:
             for _ in range(chance.randint(1, 3)):
                 group.start_soon(self._acts, self._publish, chance.randint(1, 12))
             group.start_soon(self._acts, self._interfere, chance.randint(0, 6))
+            if chance.random() < 0.3:
+                group.start_soon(self._another, self._scheduler)
             if chance.random() < 0.15:
                 group.start_soon(self._crash_after, chance.random() * 3)
 

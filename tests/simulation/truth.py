@@ -95,8 +95,7 @@ class Truth:
             self.note(f"  {type(command).__name__}")
             if isinstance(command, Rewind | Unsubscribe):
                 self.rewinds[command.subscription] += 1
-                for place in [each for each in self.newest if each[0] == command.subscription]:
-                    del self.newest[place]
+                self.forget_order(command.subscription)
                 if isinstance(command, Unsubscribe):
                     self.started.pop(command.subscription, None)
 
@@ -146,6 +145,11 @@ class Truth:
         if self.newest.get((subscription, place), 0) > position:
             self.wrong(f"{subscription} is first given {name} at {position} after {self.newest[subscription, place]}")
         self.newest[subscription, place] = max(position, self.newest.get((subscription, place), 0))
+
+    def forget_order(self, subscription: Name) -> None:
+        """From here on the order is another, or begins anew."""
+        for place in [each for each in self.newest if each[0] == subscription]:
+            del self.newest[place]
 
     def succeeded(self, subscription: Name, name: str, *, replaying: bool) -> None:
         """A handler has come to a good end."""
