@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import msgspec
 
-from eventbus._loop import Gate, Turn
 from eventbus.errors import (
     BusNotOpen,
     EventBusError,
@@ -126,10 +125,10 @@ class Journal:
         self._max_pending = max_pending
         self._lock = threading.Lock()
         self._pending = _Pending()
-        self._bell = Gate()
+        self._bell = loop.gate()
         self._asleep = False  # the thread waits for the bell
         self._dozing = False  # … or for the time at which outcomes are due
-        self.turn = Turn()
+        self.turn = loop.turn()
         self._size = 0  # records handed in and not decided yet
         self._room: collections.deque[tuple[int, Waiter]] = collections.deque()
         self._closing = False

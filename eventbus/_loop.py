@@ -49,7 +49,7 @@ class Waiter(Protocol):
 
 
 class Loop(Protocol):
-    """The event loop that a bus was opened on.
+    """The event loop that a bus was opened on, and where its threads come from: a simulation has others.
 
     Attributes:
         checkpoint_if_cancelled: raises the cancellation of the scopes around this task, if there is one. As anyio's function
@@ -63,6 +63,15 @@ class Loop(Protocol):
 
     def waiter(self) -> Waiter:
         """A new waiter."""
+
+    def worker(self, name: str) -> Worker:
+        """A new thread."""
+
+    def gate(self) -> Gate:
+        """A new gate."""
+
+    def turn(self) -> Turn:
+        """A new turn."""
 
     def check(self) -> None:
         """Raise `WrongLoop` unless called from a task of this loop."""
@@ -98,6 +107,19 @@ def undisturbed(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Co
 
         return trio.lowlevel.enable_ki_protection(function)
     return function
+
+
+class _Threads:
+    """What a loop has for threads."""
+
+    def worker(self, name: str) -> Worker:
+        return Worker(name)
+
+    def gate(self) -> Gate:
+        return Gate()
+
+    def turn(self) -> Turn:
+        return Turn()
 
 
 def _never() -> int:
@@ -149,7 +171,7 @@ class _AsyncioWaiter:
                     continue  # a second Task.cancel(); the first is raised when it is decided
 
 
-class _Asyncio:
+class _Asyncio(_Threads):
     def __init__(self, loop: asyncio.AbstractEventLoop, checkpoint_if_cancelled: Callable[[], Awaitable[None]]) -> None:
         self._loop = loop
         self._thread = threading.get_ident()
@@ -232,7 +254,7 @@ class _TrioWaiter:
             await checkpoint_if_cancelled()
 
 
-class _Trio:
+class _Trio(_Threads):
     def __init__(self, token: trio.lowlevel.TrioToken, checkpoint_if_cancelled: Callable[[], Awaitable[None]]) -> None:
         self._token = token
         self.checkpoint_if_cancelled = checkpoint_if_cancelled

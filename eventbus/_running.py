@@ -26,7 +26,7 @@ from eventbus._encoding import Encoder, handler_context
 from eventbus._intake import Budget
 from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
-from eventbus._loop import Loop, Turn, Worker, current_loop, this_process, undisturbed
+from eventbus._loop import Loop, current_loop, this_process, undisturbed
 from eventbus._membership import Membership
 from eventbus._outcomes import current_attempt
 from eventbus._probation import Solo
@@ -79,12 +79,12 @@ class Running:
         self.instance = self._instance()
         self._process = this_process()
         self.journal = Journal(store, self.loop, settings.clock, settings.max_pending)
-        self._writer = Worker("eventbus-writer")
-        self._reader_thread = Worker("eventbus-reader") if store.features.concurrent_reads else None
+        self._writer = self.loop.worker("eventbus-writer")
+        self._reader_thread = self.loop.worker("eventbus-reader") if store.features.concurrent_reads else None
         if self._reader_thread is None:
             self.reader = Reader(store, self.loop, self.journal.job, self.journal.turn)
         else:
-            self.reader = Reader(store, self.loop, self._reader_thread.submit, Turn())
+            self.reader = Reader(store, self.loop, self._reader_thread.submit, self.loop.turn())
         self.timers = Timers(settings.clock, self.loop)
         self.encoder = Encoder(settings.registry, settings.codec, self.ids, settings.clock, settings.max_event_bytes)
         self.decoder = Decoder(settings.registry, settings.codec)

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 
 from eventbus._attempts import run_plain, timed_out
 from eventbus._lanes import Lane
-from eventbus._loop import Worker
 from eventbus._outcomes import RELEASED, Acked, Attempt, Failed, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from eventbus._clock import Clock
-    from eventbus._loop import Loop, Waiter
+    from eventbus._loop import Loop, Waiter, Worker
 
 _log = logging.getLogger("eventbus")
 
@@ -33,8 +32,9 @@ QUANTUM = 0.010
 class Threads:
     """Daemon threads for plain handlers, made when they are needed and used again."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, make: Callable[[str], Worker]) -> None:
         self._name = name
+        self._make = make
         self._idle: list[Worker] = []
         self._made = 0
 
@@ -43,7 +43,7 @@ class Threads:
         if self._idle:
             return self._idle.pop()
         self._made += 1
-        return Worker(f"{self._name}-handler-{self._made}")
+        return self._make(f"{self._name}-handler-{self._made}")
 
     def put(self, thread: Worker) -> None:
         """It has nothing to do again."""

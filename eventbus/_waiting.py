@@ -174,7 +174,7 @@ class Waiting:
         """Wait for all lanes of a subscription, wherever they are, also for those that move meanwhile."""
         cleared: set[Lane] = set()
         while True:
-            for lane in set(serving.lanes.values()) - cleared:
+            for lane in [each for each in serving.lanes.values() if each not in cleared]:
                 await self._clear(lane, position)
                 cleared.add(lane)
             await self._elsewhere.clear(serving, position)

@@ -47,7 +47,7 @@ class Pool:
         self.environment = environment
         self.context = context
         self.context_of_threads = context_for_threads(context)
-        self.threads = Threads(name)
+        self.threads = Threads(name, environment.loop.worker)
         self.stopping = False
         self.on_exit: Callable[[BaseException], object] = lambda _error: None
         self._limit = limit
@@ -55,7 +55,7 @@ class Pool:
         self._ready: deque[Lane] = deque()
         self._idle: list[_Task] = []
         self._seeking = 0  # workers that will look for a lane before they rest; one is enough, for most handlers never wait
-        self._tasks: set[_Task] = set()
+        self._tasks: dict[_Task, None] = {}  # a set in the order in which they came: nothing may hang on addresses
         self._hired: list[_Task] = []  # to be started
         self._hiring: Waiter | None = None
         self._watched_until = math.inf
@@ -97,7 +97,7 @@ class Pool:
         elif len(self._tasks) < self._limit:
             self._seeking += 1
             task = _Task(self)
-            self._tasks.add(task)
+            self._tasks[task] = None
             self._hired.append(task)
             if self._hiring is not None:
                 self._hiring.set()
@@ -182,7 +182,7 @@ class Pool:
             self._idle.remove(task)
         else:
             self._seeking -= 1
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not self._tasks and self._gone is not None:
             self._gone.set()
 

@@ -69,6 +69,8 @@ PARTS: Sequence[Part] = (
     Part("disk full", "times", 200, "tests.faults.disk_full"),
     Part("calls of the disk that fail", "calls", 5_000, "tests.faults.failing_disk"),
     Part("flipped bits", "images", 20_000, "tests.faults.flipped_bits"),
+    Part("random programs against a model", "steps", 5_000_000, "tests.simulation.store_steps"),
+    Part("whole-bus simulation", "runs", 500_000, "tests.simulation.bus", 2.0),
 )
 
 

@@ -85,7 +85,13 @@ def _write_rows(
     for hold, first in firsts.items():
         key = hold if isinstance(hold, str) else None
         if key is not None:
-            connection.execute("DELETE FROM deliveries WHERE subscription = ? AND key = ?", (name, key))
+            of_key = (name, key, first.position)
+            if connection.execute(f"SELECT 1 {_OF_KEY} AND position < ?", of_key).fetchone():
+                continue  # the key waits for an earlier event, and so for this one, too
+            connection.execute(f"DELETE {_OF_KEY} AND position >= ?", of_key)
         rows[name, first.position] = (state.lane, Waiting(first.position, key, first.attempts, now))
     if rows:
         write_waiting(connection, rows)
+
+
+_OF_KEY = "FROM deliveries WHERE subscription = ? AND key = ?"

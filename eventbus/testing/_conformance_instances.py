@@ -331,6 +331,16 @@ class Reviving(ConformanceBase):
         (row,) = store.read(WaitingRows())
         assert (row.waiting.position, row.waiting.key, row.waiting.attempt) == (1, "k", 0)
 
+    def test_a_key_that_waits_already(self, store: Store) -> None:
+        """A row that stands further back stays: it stands for what comes after it as well."""
+        self.register(store, order="key", concurrency=1)
+        self.append(store, records(3, key="k"))
+        state = self.claim(store, lane="0")
+        waiting = Waiting(1, "k", 3, NOW + 9)
+        self.settle(store, self.unit(state, 2, rows=(waiting,)))
+        self.run(store, Revive(INSTANCE.id, "mailer", (Revived("0", 2, "k", 0),)))
+        assert [row.waiting for row in store.read(WaitingRows())] == [waiting]
+
     def test_what_is_gone_stays_dead(self, store: Store) -> None:
         """A dead letter whose event is not in the log any more is left alone, and so are lanes of others."""
         state = self.with_lane(store, events=1)

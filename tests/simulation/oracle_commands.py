@@ -1,0 +1,407 @@
+"""The oracle's commands: each as its docstring in `eventbus.stores.commands` has it.
+
+publish → journal → *store* → lanes → workers → outcome. In comes a command inside a transaction; out goes its result. One that
+raises has changed nothing yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import msgspec
+
+from eventbus.errors import UnknownSubscription
+from eventbus.stores.base import (
+    Beat,
+    Cancel,
+    Claim,
+    Discard,
+    Floor,
+    LaneState,
+    Marking,
+    Member,
+    Pause,
+    Promote,
+    Prune,
+    Record,
+    Redrive,
+    Register,
+    Registration,
+    Release,
+    Revive,
+    Revived,
+    Rewind,
+    Subscribed,
+    Unsubscribe,
+    Waiting,
+    WaitingRow,
+    since_of,
+)
+from tests.simulation.disk import Disk, Lane, Marked, Present, anew
+from tests.simulation.oracle_queries import position_before
+
+Enter = Callable[[Record], int]
+Lives = Callable[[str], bool | None]
+
+
+@attrs.frozen
+class Scene:
+    """Where a command is carried out."""
+
+    disk: Disk
+    now: float
+    lives: Lives
+    enter: Enter
+
+
+def carry_out(disk: Disk, command: object, now: float, lives: Lives, enter: Enter) -> object:
+    """Carry out a command."""
+    return _DO[type(command)](Scene(disk, now, lives, enter), command)
+
+
+def _known(disk: Disk, name: str) -> Subscribed:
+    if name not in disk.subscriptions:
+        raise UnknownSubscription(f"no subscription {name!r} is stored")
+    return disk.subscriptions[name]
+
+
+def _epochs_of(generation: int) -> int:
+    return generation << 32
+
+
+# ------------------------------------------------------------------ subscriptions
+
+
+def _register(scene: Scene, command: Register) -> tuple[Subscribed, ...]:
+    results = []
+    for wanted in command.subscriptions:
+        known = scene.disk.subscriptions.get(wanted.name)
+        stands = _add(scene, wanted) if known is None else _update(scene, command.instance, known, wanted)
+        if stands != known:
+            scene.disk.subscriptions[wanted.name] = stands
+            scene.disk.changes += 1
+        results.append(stands)
+    return tuple(results)
+
+
+def _add(scene: Scene, wanted: Registration) -> Subscribed:
+    disk, start = scene.disk, wanted.start
+    if start == "now":
+        position = disk.head
+    elif start == "beginning":
+        position = 0
+    else:
+        position = start if isinstance(start, int) else position_before(disk, float(start))
+    return Subscribed(
+        wanted.name,
+        wanted.types,
+        dict.fromkeys(wanted.types, position),
+        wanted.order,
+        wanted.concurrency,
+        paused=None,
+        paused_at=None,
+        created_at=scene.now,
+        derived=tuple(sorted(wanted.derived)),
+        generation=disk.changes + 1,
+    )
+
+
+def _update(scene: Scene, instance: str, known: Subscribed, wanted: Registration) -> Subscribed:
+    disk = scene.disk
+    others = [each.member for id, each in disk.present.items() if id != instance]
+    served = [member.serves[known.name] for member in others if known.name in member.serves]
+    kept = [t for t in known.types if t not in wanted.types and any(t in each.types for each in served)]
+    now = msgspec.structs.replace(
+        known,
+        types=(*wanted.types, *kept) if wanted.dispatched else known.types,
+        since={**dict.fromkeys(wanted.types, disk.head), **known.since},
+        derived=tuple(sorted({*known.derived, *wanted.derived})),
+    )
+    shape = (known.order, known.concurrency)
+    is_served = any((each.order, each.concurrency) == shape for each in served)
+    if wanted.dispatched and (wanted.order, wanted.concurrency) != shape and not is_served:
+        return _switch(disk, now, wanted)
+    if known.order != "type" and set(now.types) - set(known.types):
+        for lane in disk.lanes_of(known.name):
+            if lane.owner != instance:
+                lane.state = msgspec.structs.replace(lane.state, epoch=lane.state.epoch + 1)
+                lane.owner = None
+    reached = min((lane.state.checkpoint for lane in disk.lanes_of(known.name)), default=0)
+    return msgspec.structs.replace(now, floors=tuple(floor for floor in now.floors if floor.up_to() > reached))
+
+
+def _switch(disk: Disk, known: Subscribed, wanted: Registration) -> Subscribed:
+    rows = disk.rows_of(known.name)
+    unsettled = [event.position for event in disk.log.values() if disk.is_unsettled(known, event)]
+    first = min([*unsettled, *(row.waiting.position for row in rows)], default=None)
+    floors: tuple[Floor, ...] = ()
+    if first is not None:
+        settled = {lane.state.lane: (lane.state.checkpoint, lane.state.done) for lane in disk.lanes_of(known.name)}
+        waiting = tuple((row.waiting.position, row.waiting.key) for row in rows)
+        floors = (*known.floors, Floor(known.order, known.concurrency, settled, waiting))
+    generation = disk.changes + 1
+    now = msgspec.structs.replace(known, order=wanted.order, concurrency=wanted.concurrency, generation=generation, floors=floors)
+    disk.forget(known.name)
+    if now.order == "type":
+        names = [type for type in disk.types() if since_of(now.since, type) is not None]
+    else:
+        names = [str(number) for number in range(now.concurrency)] if now.order == "key" else [""]
+    start = disk.head if first is None else first - 1
+    for name in names:
+        disk.lanes[known.name, name] = Lane(LaneState(known.name, name, _epochs_of(generation), start))
+    return now
+
+
+def _pause(scene: Scene, command: Pause) -> None:
+    disk, name = scene.disk, command.subscription
+    known = _known(disk, name)
+    paused_at = None if command.reason is None else scene.now
+    disk.subscriptions[name] = msgspec.structs.replace(known, paused=command.reason, paused_at=paused_at)
+    if command.reason is not None:
+        return
+    for row in disk.rows_of(name):
+        waiting = msgspec.structs.replace(row.waiting, attempt=0, due_at=scene.now)
+        disk.rows[name, waiting.position] = msgspec.structs.replace(row, waiting=waiting)
+    for lane in disk.lanes_of(name):
+        if lane.state.attempt or lane.state.due_at:
+            lane.state = anew(lane.state)
+
+
+def _unsubscribe(scene: Scene, command: Unsubscribe) -> None:
+    _known(scene.disk, command.subscription)
+    del scene.disk.subscriptions[command.subscription]
+    scene.disk.forget(command.subscription)
+
+
+def _rewind(scene: Scene, command: Rewind) -> tuple[LaneState, ...]:
+    disk, name, after = scene.disk, command.subscription, command.after
+    known = _known(disk, name)
+    since = {pattern: min(start, after) for pattern, start in known.since.items()}
+    floors = tuple(floor.down_to(after) for floor in known.floors)
+    disk.subscriptions[name] = msgspec.structs.replace(known, since=since, floors=floors)
+    for row in disk.rows_of(name):
+        if row.waiting.position > after:
+            del disk.rows[name, row.waiting.position]
+    for letter in list(disk.letters.values()):
+        at = letter.record.position
+        if letter.subscription == name and at > after and at in disk.log:
+            del disk.letters[letter.id]
+    for lane in disk.lanes_of(name):
+        state = lane.state
+        done = tuple(position for position in state.done if position <= after)
+        lane.state = anew(state, epoch=state.epoch + 1, checkpoint=min(state.checkpoint, after), done=done)
+    return tuple(lane.state for lane in disk.lanes_of(name))
+
+
+# ------------------------------------------------------------------ instances and their lanes
+
+
+def _beat(scene: Scene, command: Beat) -> bool:
+    disk, id = scene.disk, command.instance.id
+    if command.leaving:
+        for place, marked in list(disk.marks.items()):
+            if marked.by == id and not marked.suspect:
+                del disk.marks[place]
+            elif marked.by == id:
+                marked.by, marked.mark = None, msgspec.structs.replace(marked.mark, alone=False)
+        _remove(disk, {id})
+        return True
+    dead = {
+        other
+        for other, each in disk.present.items()
+        if other != id and (each.deadline <= command.monotonic or scene.lives(other) is False)
+    }
+    if dead:
+        _suspect(disk, dead)
+        _remove(disk, dead)
+    known = disk.present.get(id)
+    member = Member(command.instance, scene.now, command.serves, command.holds)
+    disk.present[id] = Present(member, command.monotonic + command.lease, command.pinned)
+    if known is None or (known.member.serves, known.member.holds) != (member.serves, member.holds):
+        disk.changes += 1
+    return known is not None
+
+
+def _remove(disk: Disk, instances: set[str]) -> None:
+    for id in instances:
+        disk.present.pop(id, None)
+    for lane in disk.lanes.values():
+        if lane.owner in instances:
+            lane.owner = None
+    disk.changes += 1
+
+
+def _suspect(disk: Disk, dead: set[str]) -> None:
+    for lane in disk.lanes.values():
+        if lane.owner in dead:
+            lane.deaths += 1
+    for marked in disk.marks.values():
+        if marked.by in dead:
+            marked.suspect, marked.by = True, None
+            marked.deaths += marked.mark.alone
+            marked.mark = msgspec.structs.replace(marked.mark, alone=False)
+
+
+def _marking(scene: Scene, command: Marking) -> None:
+    disk = scene.disk
+    for mark in command.over:
+        disk.marks.pop((mark.subscription, mark.position), None)
+    for mark in command.begun:
+        marked = disk.marks.setdefault((mark.subscription, mark.position), Marked(mark, None))
+        marked.mark, marked.by = mark, command.instance
+    for name, lane in command.cleared:
+        if (name, lane) in disk.lanes:
+            disk.lanes[name, lane].deaths = 0
+        for place in [p for p, m in disk.marks.items() if (m.mark.subscription, m.mark.lane) == (name, lane)]:
+            del disk.marks[place]
+
+
+def _claim(scene: Scene, command: Claim) -> tuple[LaneState | None, ...]:
+    disk = scene.disk
+    alive = disk.present.keys() - {command.instance}
+    results: list[LaneState | None] = []
+    free = {
+        key for key in ((s, lane) for s, lane, _ in command.lanes) if key not in disk.lanes or disk.lanes[key].owner not in alive
+    }
+    for name, lane, start in command.lanes:
+        generation = disk.subscriptions[name].generation if name in disk.subscriptions else 0
+        if (name, lane) not in free or command.generations.get(name, generation) != generation:
+            results.append(None)
+            continue
+        fresh = Lane(LaneState(name, lane, _epochs_of(generation), start))
+        claimed = disk.lanes.setdefault((name, lane), fresh)
+        claimed.state = msgspec.structs.replace(claimed.state, epoch=claimed.state.epoch + 1)
+        claimed.owner = command.instance
+        results.append(claimed.state)
+    return tuple(results)
+
+
+def _release(scene: Scene, command: Release) -> None:
+    for key in command.lanes:
+        lane = scene.disk.lanes.get(key)
+        if lane is not None and lane.owner == command.instance:
+            lane.owner = None
+    scene.disk.changes += 1
+
+
+def _revive(scene: Scene, command: Revive) -> tuple[LaneState, ...]:
+    disk, name = scene.disk, command.subscription
+    order = disk.subscriptions[name].order if name in disk.subscriptions else None
+    changed = []
+    for lane in disk.lanes_of(name):
+        back = [d for d in command.deliveries if d.lane == lane.state.lane and d.position in disk.log]
+        back.sort(key=lambda delivery: delivery.position)
+        if lane.owner != command.instance or not back:
+            continue
+        for letter in list(disk.letters.values()):
+            if letter.subscription == name and letter.record.position in {d.position for d in back}:
+                del disk.letters[letter.id]
+        epoch = lane.state.epoch + 1
+        if order in {"type", "log"}:
+            checkpoint = min(lane.state.checkpoint, back[0].position - 1)
+            lane.state = anew(lane.state, epoch=epoch, checkpoint=checkpoint, attempt=back[0].attempts)
+        else:
+            for delivery in back:
+                _wait_again(scene, lane, delivery, by_key=order == "key")
+            lane.state = msgspec.structs.replace(lane.state, epoch=epoch)
+        changed.append(lane.state)
+    return tuple(changed)
+
+
+def _wait_again(scene: Scene, lane: Lane, delivery: Revived, *, by_key: bool) -> None:
+    """A row for what the checkpoint has passed. Deliveries come by position: a key's first one has its row."""
+    disk, name, at = scene.disk, lane.state.subscription, delivery.position
+    if at > lane.state.checkpoint and at not in lane.state.done:
+        return
+    key = delivery.key if by_key else None
+    if key is not None:
+        of_key = [row for row in disk.rows_of(name) if row.waiting.key == key]
+        if any(row.waiting.position < at for row in of_key):
+            return
+        for row in of_key:
+            del disk.rows[name, row.waiting.position]
+    disk.rows[name, at] = WaitingRow(name, lane.state.lane, Waiting(at, key, delivery.attempts, scene.now))
+
+
+# ------------------------------------------------------------------ scheduled events, dead letters, retention
+
+
+def _cancel(scene: Scene, command: Cancel) -> bool:
+    event = scene.disk.scheduled.pop(command.event_id, None)
+    if event is not None and event.idempotency_key is not None:
+        del scene.disk.keys[event.idempotency_key]
+    return event is not None
+
+
+def _promote(scene: Scene, command: Promote) -> float | None:
+    disk = scene.disk
+    waiting = sorted((event.due_at or 0.0, id) for id, event in disk.scheduled.items())
+    for due_at, id in waiting[: command.limit]:
+        if due_at <= command.now:
+            event = disk.scheduled.pop(id)
+            position = scene.enter(msgspec.structs.replace(event, time=command.now, due_at=None))
+            if event.idempotency_key is not None:
+                disk.keys[event.idempotency_key].position = position
+    return min((event.due_at or 0.0 for event in disk.scheduled.values()), default=None)
+
+
+def _redrive(scene: Scene, command: Redrive) -> tuple[str, ...]:
+    found = [letter for letter in scene.disk.letters_like(command.filter) if not letter.redriving]
+    for letter in found:
+        marked = msgspec.structs.replace(letter, redriving=True, attempt=0, due_at=scene.now)
+        scene.disk.letters[letter.id] = marked
+    return tuple(letter.subscription for letter in found)
+
+
+def _discard(scene: Scene, command: Discard) -> int:
+    found = scene.disk.letters_like(command.filter)
+    for letter in found:
+        del scene.disk.letters[letter.id]
+    return len(found)
+
+
+def _prune(scene: Scene, command: Prune) -> int | None:
+    disk = scene.disk
+    old = [key for key, known in disk.keys.items() if known.used_at < command.keys_before and known.position is not None]
+    old.sort(key=lambda key: disk.keys[key].used_at)
+    for key in old[: command.limit]:
+        del disk.keys[key]
+    more_keys = len(old) >= command.limit
+    going_on = None if command.before is None else _prune_events(disk, command, command.before)
+    return command.after if more_keys and going_on is None else going_on
+
+
+def _prune_events(disk: Disk, command: Prune, before: float) -> int | None:
+    rest = [event for position, event in disk.log.items() if position > command.after]
+    pins = [command.pinned, *(each.pinned for each in disk.present.values())]
+    pinned = min((pin for pin in pins if pin is not None), default=disk.head + 1)
+    for event in rest[: command.limit]:
+        needed = event.position >= pinned or any(
+            disk.is_unsettled(subscribed, event) or disk.is_waited_for(subscribed, event)
+            for subscribed in disk.subscriptions.values()
+        )
+        if event.time < before and not needed:
+            del disk.log[event.position]
+            if event.position > disk.pruned_to:
+                disk.pruned_to, disk.pruned_time = event.position, event.time
+    return rest[command.limit - 1].position if len(rest) > command.limit else None
+
+
+_DO: Mapping[type, Callable[[Scene, Any], object]] = {
+    Register: _register,
+    Pause: _pause,
+    Unsubscribe: _unsubscribe,
+    Rewind: _rewind,
+    Beat: _beat,
+    Marking: _marking,
+    Claim: _claim,
+    Release: _release,
+    Revive: _revive,
+    Cancel: _cancel,
+    Promote: _promote,
+    Redrive: _redrive,
+    Discard: _discard,
+    Prune: _prune,
+}
