@@ -124,21 +124,25 @@ class Company(Round):
         return snapshot
 
     def wait_until_all_go_on(self) -> None:
-        """Each subscription is served, and each process has its part: it handles something, or publishes if it handles nothing."""
+        """Each subscription is served, each process that handles has lanes, and the other one publishes."""
         self.start_all()
         self.listen()
         deadline = time.monotonic() + PATIENCE
-        unserved, idle = {*TYPES}, {str(who) for who in range(len(ROLES))}
+        unserved, idle = {*TYPES}, {*range(len(ROLES))}
         while (unserved or idle) and len(self.working) == len(ROLES) and time.monotonic() < deadline:
-            time.sleep(0.01)
+            time.sleep(0.02)
             self.look_for_ended()
             fresh = self.listen()
-            ended = [line for line in fresh if line[0] == "E"]
-            unserved -= {line[2] for line in ended}
-            idle -= {line[-1] for line in ended}
-            idle -= {str(who) for who, role in enumerate(ROLES) if not role and said_by(who, fresh)}
+            unserved -= {line[2] for line in fresh if line[0] == "E"}
+            idle -= {who for who, role in enumerate(ROLES) if not role and said_by(who, fresh)}
+            idle -= {who for who, child in self.working.items() if child.pid in self.owners()}
         if unserved or idle:
             self.fault(f"after {PATIENCE:g} s not served: {unserved or 'none'}; with nothing to do: {idle or 'none'}")
+
+    def owners(self) -> set[int]:
+        """The processes that have lanes."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+            return {pid for (pid,) in connection.execute("SELECT pid FROM instances JOIN lanes ON owner = id")}
 
     def end(self) -> None:
         """All go on; two leave in order, the others are killed; then all is drained, and everything is checked."""
