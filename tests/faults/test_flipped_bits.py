@@ -11,6 +11,8 @@ import pytest
 from tests.faults import flipped_bits
 from tests.faults.flipped_bits import IMAGES, Key, Opened, Opener, Original, original, put, wrong
 
+pytestmark = pytest.mark.timeout(300)
+
 CASES = 5
 EVENT = b"flip.ordered"
 DATA = b'{"n":'
