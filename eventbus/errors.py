@@ -127,6 +127,8 @@ class PublishOutcomeUnknown(EventBusError):
         self.event_ids = tuple(event_ids)
 
     def __str__(self) -> str:
+        if not self.event_ids:
+            return "the disk failed, and it could not be found out whether what was asked for was written"
         return f"it is not known whether {len(self.event_ids)} event(s) are stored: {', '.join(self.event_ids[:5])}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,13 +10,18 @@ import pytest
 
 from eventbus.errors import StoreFull
 from eventbus.stores._sqlite_ballast import BYTES
-from eventbus.stores.base import Batch, Instance, LogState, Register, Registration
+from eventbus.stores.base import Batch, Instance, LogState, Record, Register, Registration
 from eventbus.stores.sqlite import SQLiteStore
-from eventbus.testing._conformance_base import INSTANCE, NOW, records
 from tests.faults import disk_full
 from tests.faults.disk_full import Filler, can_mount, small_disk
 
-pytestmark = pytest.mark.skipif(not can_mount(), reason="a small tmpfs is mounted, which only root may do")
+pytestmark = [
+    pytest.mark.skipif(not can_mount(), reason="a small tmpfs is mounted, which only root may do"),
+    pytest.mark.timeout(300),
+]
+
+NOW = 1_700_000_000.0
+INSTANCE = Instance("1", "shop", "localhost", 1, NOW)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -38,9 +44,14 @@ def register(name: str) -> Batch:
     return Batch(NOW, commands=[Register((Registration(name, ("a",), "type", 1),))])
 
 
+def some(size: int = 10) -> list[Record]:
+    """An event of a size."""
+    return [Record(str(uuid.uuid4()), "a", 1, NOW, None, 0, None, "application/octet-stream", b"x" * size)]
+
+
 def publish() -> Batch:
-    """An event."""
-    return Batch(NOW, appends=[records(1, data=b"x" * 20_000)])
+    """An event that takes up room."""
+    return Batch(NOW, appends=[some(20_000)])
 
 
 def fill(store: SQLiteStore, filler: Filler) -> int:
@@ -67,7 +78,7 @@ def test_who_may_write(disk: Path) -> None:
             break
     assert not ballast.exists()
     for number in range(300):
-        committed = store.commit(Batch(NOW, appends=[records(1), ()], commands=register(f"s{number % 3}").commands))
+        committed = store.commit(Batch(NOW, appends=[some(), ()], commands=register(f"s{number % 3}").commands))
         assert isinstance(committed.appends[0], StoreFull)
         assert committed.appends[1] is None
         assert committed.full is not None

@@ -7,7 +7,10 @@ import pytest
 from tests.faults import failing_disk
 from tests.faults.failing_disk import RUNS, compiler
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="a library that makes calls fail is compiled; there is no C compiler")
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="a library that makes calls fail is compiled; there is no C compiler"),
+    pytest.mark.timeout(300),
+]
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -14,6 +14,8 @@ import attrs
 import pytest
 
 from eventbus import EventBus, StoreLost
+from eventbus.stores.base import Notice
+from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import Recorder
 from tests.faults.as_nobody import NOBODY
 
@@ -141,6 +143,19 @@ def bus_on(path: Path) -> EventBus:
     return EventBus(path, lease=300.0)
 
 
+class Watched(SQLiteStore):
+    """A store that notes when the bus looks for what others have done."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.looks = Recorder()
+
+    def notice(self) -> Notice | None:
+        """Look."""
+        self.looks.add("look")
+        return super().notice()
+
+
 @GOES
 @FILE
 async def test_publish_into_a_file_that_is_gone(tmp_path: Path, goes: Callable[[Path], None], suffix: str) -> None:
@@ -164,8 +179,10 @@ async def test_publish_into_a_file_that_is_gone(tmp_path: Path, goes: Callable[[
 @FILE
 async def test_an_idle_bus_notices(tmp_path: Path, goes: Callable[[Path], None], suffix: str) -> None:
     """A bus that only waits or reads ends with the error soon, long before its lease must be renewed."""
-    with anyio.fail_after(30), pytest.raises(StoreLost, match=r"a\.db"):
-        async with bus_on(tmp_path / "a.db"):
+    store = Watched(tmp_path / "a.db")
+    with anyio.fail_after(15), pytest.raises(StoreLost, match=r"a\.db"):
+        async with EventBus(store, lease=300.0):
+            await store.looks.wait_for(5)  # by then what the start has to write is written
             goes(tmp_path / f"a.db{suffix}")
             await anyio.sleep_forever()
 

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from eventbus._clock import to_datetime
 from tests.faults import flipped_bits
 from tests.faults.flipped_bits import IMAGES, Key, Opened, Opener, Original, original, put, wrong
+
+pytestmark = pytest.mark.timeout(300)
 
 CASES = 5
 EVENT = b"flip.ordered"
@@ -70,3 +73,10 @@ def test_every_byte_of_an_event(made: Original, opener: Opener, subscription: st
             assert isinstance(opened, Opened)
             assert not list(wrong(made, opened)), (place - row.start, bytes(data[row.start : row.start + 80]), opened.said)
             assert key in {key for key, _ in opened.seen} | opened.dead or opened.told(subscription), place
+
+
+def test_a_time_that_no_calendar_has() -> None:
+    """A damaged time is shown as the nearest that there is, so that the other dead letters of a list can be seen."""
+    assert to_datetime(1e300).year == 9999
+    assert to_datetime(-1e300).year == 1
+    assert to_datetime(1e12).year == 9999
