@@ -427,9 +427,10 @@ class Run:
                 await self.bus.resume(wanted.name)
             if self.disk.letters:
                 await self.bus.dead_letters.redrive(all=True)
+            scheduled = bool(self.disk.scheduled)
             left = await self.bus.drain(timeout=300)
             self.truth.note(f"drained, left {dict(left)}")
-            if not self.disk.letters and not self.disk.scheduled and not any(left.values()):
+            if not self.disk.letters and not scheduled and not any(left.values()):
                 return
         self.truth.wrong(f"it is never worked off: {dict(left)}, {len(self.disk.letters)} dead letters")
 
