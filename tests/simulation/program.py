@@ -112,7 +112,7 @@ class Run:
     """One run.
 
     Args:
-        seed: decides everything.
+        seed: decides everything; one that begins with "two-" has another instance come and go.
     """
 
     def __init__(self, seed: str) -> None:
@@ -316,7 +316,7 @@ class Run:
             for _ in range(chance.randint(1, 3)):
                 group.start_soon(self._acts, self._publish, chance.randint(1, 12))
             group.start_soon(self._acts, self._interfere, chance.randint(0, 6))
-            if chance.random() < 0.3:
+            if self.seed.startswith("two-") and chance.random() < 0.7:
                 group.start_soon(self._another, self._scheduler)
             if chance.random() < 0.15:
                 group.start_soon(self._crash_after, chance.random() * 3)
