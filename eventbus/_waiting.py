@@ -200,7 +200,7 @@ class Waiting:
 
     async def _count(self, serving: Serving, head: int) -> int:
         count, _ = await self._reader.ask(LagOfRows(serving.options.name, serving.exact_types()))
-        for lane in serving.lanes.values():
+        for lane in list(serving.lanes.values()):  # lanes may move to or from other instances meanwhile
             if not lane.clear_to(head):
                 types, slots = serving.reads(lane.name)
                 lag, _ = await self._reader.ask(Lag(lane.stored, types, slots, until=head))

@@ -258,8 +258,8 @@ class Floor(msgspec.Struct, frozen=True):
     def settles(self, position: int, type: str, slot: int, key: str | None) -> bool:
         """Whether an event was settled."""
         checkpoint, done = self.lanes.get(lane_name(self.order, self.concurrency, type, slot), (0, ()))
-        if position > checkpoint:
-            return position in done
+        if position > checkpoint and position not in done:
+            return False
         return not any(position == at if of is None else (position >= at and key == of) for at, of in self.waiting)
 
     def down_to(self, position: int) -> Floor:

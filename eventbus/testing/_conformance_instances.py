@@ -121,6 +121,14 @@ class Generations(Shared):
         (changed,) = self.run(store, Register((registration,), INSTANCE.id))
         assert changed.order == "log"
 
+    def test_what_waits_above_the_checkpoint_is_not_settled(self, store: Store) -> None:
+        """A delivery that waits in a row may stand among what a lane has done above its checkpoint; with another order it comes."""
+        state = self.with_lane(store, order="none", concurrency=16, events=4)
+        unit = self.unit(state, 3, checkpoint=0, done=(2, 3), rows=(Waiting(3, None, 1, NOW + 1),))
+        assert not self.settle(store, unit).refused
+        changed = self.register(store, order="log")
+        assert [changed.settled_before(n, "order.created", 0, None) for n in (1, 2, 3, 4)] == [False, True, False, False]
+
     def test_another_order_where_it_is_not_dispatched(self, store: Store) -> None:
         """An instance that does not run a subscription leaves its order as it is."""
         self.with_lane(store, events=1)

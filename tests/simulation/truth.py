@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from eventbus import Delivery, Receipt
+from eventbus import Delivery, Envelope, Receipt
 from eventbus.stores.base import Batch, Committed, Record, Rewind, Unsubscribe, lane_name, since_of
 from tests.simulation.clockwork import Scheduler
 from tests.simulation.disk import Disk
@@ -116,7 +116,7 @@ class Truth:
         self.note(f"{subscription} begins {name} at {envelope.position}, attempt {delivery.attempt} ({number}){again}")
         if not delivery.replaying and not self._is_redriven(subscription, envelope.id):
             self._is_due(subscription, envelope.position, name)
-            self._is_in_order(subscription, envelope.position, name)
+            self._is_in_order(subscription, envelope, name)
         return number
 
     def _is_redriven(self, subscription: Name, id: str) -> bool:
@@ -131,9 +131,9 @@ class Truth:
         if event is None or not (disk.is_unsettled(known, event) or disk.is_waited_for(known, event)):
             self.wrong(f"{subscription} is given {name} at {position}, which the store says is settled")
 
-    def _is_in_order(self, subscription: Name, position: int, name: str) -> None:
+    def _is_in_order(self, subscription: Name, event: Envelope, name: str) -> None:
         started = self.started.setdefault(subscription, set())
-        event, known = self.log[name], self.disk.subscriptions.get(subscription)
+        position, known = event.position, self.disk.subscriptions.get(subscription)
         if position in started or known is None or known.order == "none":
             started.add(position)
             return
@@ -141,7 +141,7 @@ class Truth:
         if known.order == "key":
             place = f"key {event.key}" if event.key is not None else f"event {event.id}"
         else:
-            place = lane_name(known.order, known.concurrency, event.type, event.slot)
+            place = lane_name(known.order, known.concurrency, event.type, 0)
         if self.newest.get((subscription, place), 0) > position:
             self.wrong(f"{subscription} is first given {name} at {position} after {self.newest[subscription, place]}")
         self.newest[subscription, place] = max(position, self.newest.get((subscription, place), 0))
