@@ -122,7 +122,7 @@ class Generations(Shared):
         assert changed.order == "log"
 
     def test_what_waits_above_the_checkpoint_is_not_settled(self, store: Store) -> None:
-        """A delivery that waits in a row may stand among what a lane has done above its checkpoint; with another order it comes."""
+        """A delivery with a row may stand among what a lane has done above its checkpoint; with another order it comes."""
         state = self.with_lane(store, order="none", concurrency=16, events=4)
         unit = self.unit(state, 3, checkpoint=0, done=(2, 3), rows=(Waiting(3, None, 1, NOW + 1),))
         assert not self.settle(store, unit).refused

@@ -17,6 +17,7 @@ from eventbus.stores.base import (
     Member,
     Record,
     Subscribed,
+    Waiting,
     WaitingRow,
     lane_name,
     since_of,
@@ -127,9 +128,17 @@ class Disk:
             return False
         return any(
             row.waiting.position == event.position
-            or (row.waiting.key is not None and row.waiting.key == event.key and row.waiting.position < event.position)
+            if row.waiting.key is None
+            else (row.waiting.key == event.key and row.waiting.begins <= event.position)
             for row in self.rows_of(subscribed.name)
         )
+
+    def free(self, subscription: str, position: int, now: float) -> None:
+        """The dead letter that a key is parked behind is gone."""
+        row = self.rows.get((subscription, position))
+        if row is not None and row.waiting.state == "parked":
+            waiting = Waiting(position, row.waiting.key, 0, now, "freed")
+            self.rows[subscription, position] = msgspec.structs.replace(row, waiting=waiting)
 
     def forget(self, subscription: str) -> None:
         """Remove the lanes of a subscription, and what waits in them."""

@@ -253,6 +253,7 @@ class Transaction:
             changed = msgspec.structs.replace(letter, attempt=unit.retry[0], due_at=unit.retry[1])
         if changed is None:
             del self._disk.letters[letter.id]
+            self._disk.free(unit.subscription, unit.position, self._now)
         else:
             self._disk.letters[letter.id] = changed
 

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from eventbus.errors import UnknownSubscription
+from eventbus.errors import InvalidSubscription, UnknownSubscription
 from eventbus.stores.base import (
     Beat,
     Cancel,
@@ -134,6 +134,8 @@ def _update(scene: Scene, instance: str, known: Subscribed, wanted: Registration
 
 def _switch(disk: Disk, known: Subscribed, wanted: Registration) -> Subscribed:
     rows = disk.rows_of(known.name)
+    if any(row.waiting.state in {"parked", "freed"} for row in rows):
+        raise InvalidSubscription(f"keys of {known.name!r} are parked")
     unsettled = [event.position for event in disk.log.values() if disk.is_unsettled(known, event)]
     first = min([*unsettled, *(row.waiting.position for row in rows)], default=None)
     floors: tuple[Floor, ...] = ()
@@ -162,6 +164,8 @@ def _pause(scene: Scene, command: Pause) -> None:
     if command.reason is not None:
         return
     for row in disk.rows_of(name):
+        if row.waiting.state == "parked":
+            continue
         waiting = msgspec.structs.replace(row.waiting, attempt=0, due_at=scene.now)
         disk.rows[name, waiting.position] = msgspec.structs.replace(row, waiting=waiting)
     for lane in disk.lanes_of(name):
@@ -359,6 +363,7 @@ def _discard(scene: Scene, command: Discard) -> int:
     found = scene.disk.letters_like(command.filter)
     for letter in found:
         del scene.disk.letters[letter.id]
+        scene.disk.free(letter.subscription, letter.record.position, scene.now)
     return len(found)
 
 

@@ -103,7 +103,7 @@ def _lag(disk: Disk, query: Lag) -> tuple[int, float | None]:
 def _lag_of_rows(disk: Disk, query: LagOfRows) -> tuple[int, float | None]:
     times: list[float] = []
     for row in disk.rows_of(query.subscription):
-        at, key = row.waiting.position, row.waiting.key
+        at, key = row.waiting.begins, row.waiting.key
         lane = disk.lanes.get((row.subscription, row.lane))
         if key is None:
             times += [disk.log[at].time] if at in disk.log else []
@@ -163,7 +163,9 @@ _ANSWERS: Mapping[type, Callable[[Disk, Any], object]] = {
     Stand: _stand,
     Suspicions: _suspicions,
     Lanes: _lanes,
-    WaitingRows: lambda disk, query: tuple(disk.rows_of(query.subscription)),
+    WaitingRows: lambda disk, query: tuple(
+        row for row in disk.rows_of(query.subscription) if query.state in {None, row.waiting.state}
+    ),
     DeadLetters: _dead_letters,
     CountDeadLetters: lambda disk, _: dict(collections.Counter(letter.subscription for letter in disk.letters.values())),
 }
