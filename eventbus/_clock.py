@@ -37,9 +37,14 @@ class SystemClock:
 
 def to_datetime(seconds: float) -> datetime:
     """Unix seconds as an aware datetime in UTC."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def shown(seconds: float) -> datetime:
+    """The same of a time that is stored: its row may be damaged, and whoever looks at it is to see the rest."""
     try:
-        return datetime.fromtimestamp(seconds, UTC)
-    except (ValueError, OverflowError, OSError):  # a row was damaged; whoever looks at it is to see the rest
+        return to_datetime(seconds)
+    except (ValueError, OverflowError, OSError):
         return datetime.max.replace(tzinfo=UTC) if seconds > 0 else datetime.min.replace(tzinfo=UTC)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from eventbus._clock import to_datetime
+from eventbus._clock import shown
 from eventbus._model import DeadLetter, Envelope
 from eventbus.errors import EventBusError, UndecodableEvent, UnknownEventType
 from eventbus.stores.base import DeadLetterRow, Record, headers_of
@@ -52,7 +52,7 @@ class Decoder:
             record.id,
             record.type,
             record.version,
-            to_datetime(record.time),
+            shown(record.time),
             record.key,
             _headers(record),
             record.content_type,
@@ -71,8 +71,8 @@ class Decoder:
             death.error,
             death.traceback,
             death.attempts,
-            to_datetime(death.first_failed_at),
-            to_datetime(death.last_failed_at),
+            shown(death.first_failed_at),
+            shown(death.last_failed_at),
             row.redriving,
         )
 

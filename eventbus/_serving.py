@@ -192,7 +192,10 @@ class Serving:
                 lane.recall()
             lane.tell_waiters()
             lane.wake()
-        self.redriver.changed()
+        if replay is None:
+            self.redriver.kick()  # it passed over what was held back
+        else:
+            self.redriver.changed()
 
     def rewound(self, after: int, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
         """Its lanes have been set back, these rows are left; what they were doing does not count any more."""

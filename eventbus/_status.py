@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from eventbus._clock import to_datetime
+from eventbus._clock import shown
 from eventbus._model import DeliveryStatus, Stats, SubscriptionInfo, SubscriptionState, SubscriptionStats
 from eventbus._serving import lanes_wanted
 from eventbus.errors import UnknownEvent
@@ -105,7 +105,7 @@ class Status:
         infos = []
         for stored in await self._reader.ask(Subscriptions()):
             state, reason = self._state(stored)
-            created = to_datetime(stored.created_at)
+            created = shown(stored.created_at)
             infos.append(SubscriptionInfo(stored.name, stored.types, stored.order, stored.concurrency, state, reason, created))
         return infos
 
@@ -126,7 +126,7 @@ class Status:
             log.events,
             self._dispatcher.published,
             self._journal.size,
-            None if next_due is None else to_datetime(next_due),
+            None if next_due is None else shown(next_due),
             stats,
         )
 
@@ -189,7 +189,7 @@ class Status:
             dispatched = self._dispatcher.others.get(stored.name, (stored, "no handler"))[1]
             return ("not dispatched here", None) if dispatched == "not dispatched here" else ("no handler", None)
         if serving.circuit is not None and serving.circuit.is_open:
-            return "circuit open", f"{serving.circuit.reason}; tried again at {to_datetime(serving.circuit.due):%H:%M:%S} UTC"
+            return "circuit open", f"{serving.circuit.reason}; tried again at {shown(serving.circuit.due):%H:%M:%S} UTC"
         if serving.waits_for is not None:
             return "blocked", serving.waits_for
         blocked = next((lane.blocked for lane in serving.lanes.values() if lane.blocked is not None), None)

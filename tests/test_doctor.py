@@ -442,7 +442,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_file_that_may_not_be_read() -> None:
     """Another user is told to be the one that the bus runs as."""
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # which everybody may enter
     try:
         folder.chmod(0o755)
         path = made(folder / "shop.db", "publishes")

@@ -512,7 +512,8 @@ async def test_what_is_published_while_lanes_are_claimed(db: str, order: str) ->
     shop = Shop(db, order=order)
     async with shop.bus.open(Interrupted(db, lambda: anyio.run(publish))):
         await shop.bus.publish(Placed(2))
-        assert await shop.seen.wait_for(2) == [1, 2]
+        seen = await shop.seen.wait_for(2)
+        assert (seen if order in {"type", "log"} else sorted(seen)) == [1, 2]
 
 
 async def test_instances_that_serve_different_subscriptions(db: str) -> None:

@@ -18,7 +18,7 @@ _CODES: dict[str, tuple[int, ...]] = {
     "delete": (apsw.SQLITE_IOERR_DELETE,),
     "access": (apsw.SQLITE_IOERR_ACCESS,),
     "read": (apsw.SQLITE_IOERR_READ,),
-    "write": (apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_FULL),
+    "write": (apsw.SQLITE_IOERR_WRITE,),  # a full disk is a part of its own: `disk_full`
     "truncate": (apsw.SQLITE_IOERR_TRUNCATE,),
     "sync": (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC),
     "size": (apsw.SQLITE_IOERR_FSTAT,),
@@ -119,7 +119,8 @@ class FailingFile(apsw.VFSFile):
             super().xWrite(data, offset)
             return
         if self._disk.partly():
-            super().xWrite(bytes(data)[: len(data) // 2], offset)
+            half = len(data) // 2 // 512 * 512  # a sector is written whole, or not
+            super().xWrite(bytes(data)[:half], offset)
         raise error
 
     def xTruncate(self, size: int) -> None:

@@ -34,7 +34,7 @@ class Noted:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that everybody may enter and write to."""
-    with tempfile.TemporaryDirectory(prefix="eventbus-trouble-") as name:
+    with tempfile.TemporaryDirectory(prefix="eventbus-trouble-", dir="/tmp") as name:
         path = Path(name)
         path.chmod(0o777)
         yield path

@@ -9,6 +9,7 @@ Nothing here needs a rollback: whatever can be refused is looked at before anyth
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -53,6 +54,7 @@ class Oracle:
 
     def __init__(self, disk: Disk, *, shared: bool = False, monotonic: Callable[[], float] = lambda: 0.0) -> None:
         self.disk = disk
+        self._lock = threading.Lock()
         self.monotonic = monotonic
         self._shared = shared
         self._instance: str | None = None
@@ -96,13 +98,15 @@ class Oracle:
         """Answer."""
         if self._instance is None:
             raise StoreUnavailable("the oracle is not open")
-        return answer(self.disk, query)
+        with self._lock:
+            return answer(self.disk, query)
 
     def commit(self, batch: Batch) -> Committed:
         """Commands, then appends, then units."""
         if self._instance is None:
             raise StoreUnavailable("the oracle is not open")
-        return Transaction(self.disk, batch.now, self.lives).run(batch)
+        with self._lock:
+            return Transaction(self.disk, batch.now, self.lives).run(batch)
 
 
 class Transaction:
