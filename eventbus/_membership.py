@@ -153,7 +153,7 @@ class Membership:
             for lane in self._dispatcher.lanes():
                 self.lose(lane)
         self._joined, self._failing = True, False
-        lapsed = self._environment.deadline <= begun
+        lapsed = self._environment.deadline <= self._environment.lease_clock()  # also while this waited for its turn
         if self._shared:
             self._environment.deadline = begun + self._lease
             self._journal.renew_at = begun + self._lease / RENEWALS
