@@ -213,9 +213,10 @@ class Running:
     async def _stop(self, timeout: float) -> None:
         try:
             await self.pool.stop(timeout)
-            for serving in self.dispatcher.servings.values():
-                if serving.circuit is not None:
-                    await serving.circuit.at_rest.wait()
+            with anyio.move_on_after(max(timeout, 1.0)):  # on a full disk it would take for ever
+                for serving in self.dispatcher.servings.values():
+                    if serving.circuit is not None:
+                        await serving.circuit.at_rest.wait()
             self.dispatcher.close()
             self.elsewhere.stepped()
             self._interrupt_replays()
