@@ -69,6 +69,7 @@ from eventbus.stores.base import (
     slot_of,
 )
 from eventbus.stores.sqlite import SQLiteStore
+from eventbus.testing import conformance  # noqa: F401  # before its parts, so that their assertions are rewritten
 from eventbus.testing._conformance_base import INSTANCE, NOW, OTHER, death, places_of
 from tests.campaign import Case
 from tests.simulation.disk import Disk
