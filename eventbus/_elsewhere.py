@@ -110,8 +110,12 @@ class Elsewhere:
                 return {}  # retention has removed it: everybody had settled it
             left = [name for name in wanted if statuses.get(name) not in _DONE]
             hopeless = {name: reason for name in left if (reason := self._hindrance(wanted[name], record)) is not None}
-            if hopeless or not left or at_once:
+            if hopeless or at_once:
                 return hopeless
+            if not left:
+                if self._wanted_by(record).keys() <= wanted.keys():
+                    return {}
+                continue  # a lane that was here has gone meanwhile
             keys = [(name, _lane_of(wanted[name], record)) for name in left]
             await self._wait(lambda states, keys=keys: any(_has_passed(states.get(key), record.position) for key in keys))  # type: ignore[misc]
 

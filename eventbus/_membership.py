@@ -224,12 +224,22 @@ class Membership:
                 resting.append(lane)
             elif goes and not lane.retiring:
                 lane.retire(self.poke)
-        if resting:
-            names = tuple((lane.holder.options.name, lane.name) for lane in resting)
-            await self._journal.command(Release(self._instance.id, names))
+        names = [(lane.holder.options.name, lane.name) for lane in resting] + self._forgotten()
+        if names:
+            await self._journal.command(Release(self._instance.id, tuple(names)))
             for lane in resting:
                 lane.move()
                 self._dispatcher.drop_lane(lane)
+
+    def _forgotten(self) -> list[LaneKey]:
+        """Lanes that are ours in the store, that we gave up for they were set back elsewhere, and that are meant for others."""
+        names = []
+        for owned in self.standing.lanes:
+            serving, key = self._dispatcher.servings.get(owned.subscription), (owned.subscription, owned.lane)
+            here = serving is not None and (owned.lane in serving.lanes or owned.lane in serving.claiming)
+            if owned.owner == self._instance.id and not here and self._shares.get(key) != self._instance.id:
+                names.append(key)
+        return names
 
     def _goes(self, lane: Lane) -> bool:
         meant_for = self._shares.get((lane.holder.options.name, lane.name))

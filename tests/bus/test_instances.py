@@ -541,3 +541,58 @@ async def test_an_instance_that_was_taken_for_dead_has_its_handlers_still(db: st
         assert isinstance(record, Record)
         of.membership.standing = NOBODY
         assert of.elsewhere._hindrance(of.dispatcher.servings["stock"].stored, record) is None
+
+
+async def test_a_lane_that_is_rewound_while_it_is_to_go_to_another(db: str) -> None:
+    """One that gives a lane up, for it was rewound elsewhere, before it could hand it over, does not keep it from the other."""
+    begun, never = anyio.Event(), anyio.Event()
+    first, second, desk, seen = EventBus(db), EventBus(db), EventBus(db), Recorder()
+    for bus in (first, second):
+        bus.subscribe(Placed, name="a", order="log")(Recorder().note)
+
+    @first.subscribe(Placed, name="b", order="log")
+    async def slow(_placed: Placed) -> None:
+        begun.set()
+        await never.wait()
+
+    second.subscribe(Placed, name="b", order="log")(seen.note)
+    async with desk, first.open(stop_timeout=0), second:
+        await desk.publish(Placed(1))
+        await begun.wait()
+        while not any(lane.retiring for lane in first._running.dispatcher.lanes()):  # type: ignore[union-attr]
+            await anyio.lowlevel.checkpoint()
+        await desk.rewind("b")
+        assert await seen.wait_for(1) == [Placed(1)]
+
+
+async def test_handled_while_lanes_move(db: str) -> None:
+    """An event is not taken for settled because its lane was here when the others were looked at, and is not any more."""
+    worker, audit, publisher = Shop(db), Recorder(), EventBus(db)
+    gate = anyio.Event()
+
+    @publisher.subscribe(Placed, name="stock")
+    async def stock(_placed: Placed) -> None:
+        await gate.wait()
+
+    worker.bus = EventBus(db)
+    worker.bus.subscribe(Placed, name="audit")(audit.note)
+    async with worker.bus, publisher.open(stop_timeout=0):
+        receipt = await publisher.publish(Placed(1))
+        await audit.wait_for(1)
+        of, record = publisher._running, receipt._record
+        assert of is not None
+        assert isinstance(record, Record)
+        look = of.status.of
+
+        async def move_meanwhile(event_id: str) -> dict[str, DeliveryStatus]:
+            of.status.of = look  # type: ignore[method-assign]
+            while (found := await look(event_id))["audit"] != DeliveryStatus.HANDLED:
+                await anyio.lowlevel.checkpoint()
+            for lane in of.dispatcher.lanes():
+                of.membership.lose(lane)
+            return found
+
+        of.status.of = move_meanwhile  # type: ignore[method-assign]
+        assert await of.elsewhere.settled(record) == {}
+        assert [lane.has_settled(record) for lane in of.dispatcher.lanes_of(record)] == [False]
+        gate.set()
