@@ -27,6 +27,8 @@ TYPES = {
     "audit": ("crash.placed", "crash.reserved", "crash.shipped", "crash.doomed", "crash.hopeless"),
 }
 BY_KEY = ("link", "keyed")
+KEY_LANES = 4
+"""Of each of these; the store knows those that were claimed."""
 STRICT = ("chain", "flaky", "plain", "audit")
 COUNTED = tuple(set(TYPES) - {"doomed"})
 """Subscriptions whose attempts go on being counted: none of their deliveries is redriven, replayed or rewound."""
@@ -247,4 +249,4 @@ class Snapshot:
         if begin.subscription not in BY_KEY:
             return lanes[0] if lanes else None
         slot = self.slots.get(str(begin.key))
-        return None if slot is None else next((lane for lane in lanes if int(lane[0]) == slot * len(lanes) // 1024), None)
+        return None if slot is None else next((lane for lane in lanes if int(lane[0]) == slot * KEY_LANES // 1024), None)
