@@ -36,16 +36,17 @@ class Breaker:
 
     When `failures` different events have failed, and none was handled in between, the circuit opens: nothing more is
     delivered, and the attempts of these events are taken back, as if they had not been made; where one of them had become a dead
-    letter, it is none. Then one event is tried at a time, after `first` seconds, and after each failure `factor` times as long,
+    letter, it is none. What was rejected or redriven in between stays as it is, and so does what came before it in its order. Then one event is tried at a time, after `first` seconds, and after each failure `factor` times as long,
     at most `cap`. These attempts do not count either. The first that succeeds closes the circuit.
 
-    Not counted as failures: `Reject`, `RetryAfter`, and events that cannot be decoded. They say something of the event.
+    Not counted as failures: `Reject`, `RetryAfter`, what `RetryPolicy.give_up_on` names, and events that cannot be decoded. They
+    say something of the event.
 
     Attributes:
         failures: different events, from 2. Below that number, a failing event is dead-lettered as ever.
         first, cap: seconds. factor: from 1.
-        give_up: an event that was tried so often while the circuit was open is dead-lettered, so that it cannot hold up a lane
-            for ever; None never gives up. The default takes half an hour.
+        give_up: an event that was tried so often while the circuit was open is exhausted (see `on_exhausted`), so that it cannot
+            hold up a lane for ever; None never gives up. The default takes half an hour.
 
     Raises:
         ConfigurationError: a value that cannot work.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from eventbus._circuit import Circuit, State, Verdict
 from eventbus._outcomes import Acked, Attempt, Failed, Failure, Outcome, Undeliverable, summary_of
 from eventbus._retry import next_delay
 from eventbus._sources import LogSource, Recallable, Source
@@ -24,7 +25,6 @@ from eventbus.stores.base import LaneState, Record, Refusal, Unit
 from eventbus.stores.base import Source as SourceName
 
 if TYPE_CHECKING:
-    from eventbus._circuit import Circuit
     from eventbus._clock import Clock
     from eventbus._journal import Journal
     from eventbus._loop import Loop, Waiter
@@ -178,25 +178,25 @@ class Lane:
             return self.probation.take()
         if self.running >= self.concurrency or self._serial - self._confirmed >= AHEAD or self.is_held_up():
             return None
+        circuit = self.holder.circuit
+        if circuit is not None and circuit.is_open and circuit.state is not State.READY:
+            return None
         sources = self.sources
         alone = len(sources) == 1 and self.holder.exclusive is None
         attempt = sources[0].take() if alone else self._take_turns()
-        circuit = self.holder.circuit
-        if circuit is not None and circuit.is_open:
-            circuit.given_out(self, attempt)
         if attempt is not None:
             attempt.epoch = self.epoch
             self.running += 1
+            if circuit is not None and circuit.is_open:
+                circuit.gives(attempt)
         return attempt
 
     def is_held_up(self) -> bool:
-        """Whether nothing may be started for now."""
+        """Whether nothing may be started for now, not even what was given out before."""
         holder, environment = self.holder, self.environment
         if holder.paused is not None or holder.rewinding or environment.halted or self.blocked is not None or self.closed:
             return True
         if environment.solo is not None and environment.solo.holder not in (None, self):
-            return True
-        if holder.circuit is not None and not holder.circuit.lets(self):
             return True
         return self.retiring or environment.lease_clock() >= environment.deadline
 
@@ -233,52 +233,62 @@ class Lane:
         self.running -= 1
         if self.probation is not None:
             self.probation.over(attempt, ran=isinstance(outcome, Acked | Failed))
-        self.rested()
-        if attempt.epoch != self.epoch and attempt.source not in self.sources:
-            return  # the lane was rewound meanwhile: the event comes again
         circuit = self.holder.circuit
-        if isinstance(outcome, Acked):
+        if attempt.epoch != self.epoch and attempt.source not in self.sources:
+            if circuit is not None:  # the lane was rewound meanwhile: the event comes again
+                circuit.released(attempt)
+        elif isinstance(outcome, Acked):
             self.holder.handled += 1
             attempt.source.acked(attempt, outcome.published)
             if circuit is not None and circuit.troubled:
                 circuit.succeeded()
         elif isinstance(outcome, Failed):
             self.holder.failed += 1
-            wait = None if circuit is None else circuit.failed(attempt, outcome)
-            if wait is None:
-                attempt.source.failed(self._failure(attempt, outcome))
-            elif not wait:
-                attempt.source.given_back(attempt)
-            else:
-                attempt.number -= 1
-                attempt.source.failed(Failure(attempt, outcome.error, wait, final=False, now=self.environment.clock.time()))
+            self._fail(attempt, outcome, Verdict.COUNTS if circuit is None else circuit.failed(attempt, outcome))
         else:
             attempt.source.given_back(attempt)
             if circuit is not None:
                 circuit.released(attempt)
-        if isinstance(outcome, Undeliverable) and self.blocked is None:
-            self.blocked = outcome.reason
-            _log.error("%s: the lane %r waits: %s", self.holder.options.name, self.name, outcome.reason)
-            self.environment.notify(LaneBlocked(self.holder.options.name, self.name, outcome.reason))
-            self.holder.hindered()
-            self.tell_waiters()
+            if isinstance(outcome, Undeliverable) and self.blocked is None:
+                self._block(outcome.reason)
+        self.rested()
+
+    def _fail(self, attempt: Attempt, outcome: Failed, verdict: Verdict | float) -> None:
+        if verdict is Verdict.NOTHING:
+            attempt.source.given_back(attempt)
+        elif isinstance(verdict, Verdict):
+            attempt.source.failed(self._failure(attempt, outcome, last=verdict is Verdict.GIVES_UP))
+        else:
+            attempt.number -= 1
+            attempt.source.failed(Failure(attempt, outcome.error, verdict, final=False, now=self.environment.clock.time()))
+
+    def _block(self, reason: str) -> None:
+        self.blocked = reason
+        _log.error("%s: the lane %r waits: %s", self.holder.options.name, self.name, reason)
+        self.environment.notify(LaneBlocked(self.holder.options.name, self.name, reason))
+        self.holder.hindered()
+        self.tell_waiters()
 
     def rested(self) -> None:
-        """Less of it runs now; somebody may wait for being alone."""
-        solo = self.environment.solo
+        """Less of it runs now; somebody may wait for that."""
+        solo, circuit = self.environment.solo, self.holder.circuit
         if solo is not None and solo.holder is not None:
             solo.rested()
+        if circuit is not None and circuit.is_open:
+            circuit.rested()
 
     def give_back(self, attempt: Attempt) -> None:
         """Take an attempt back that did not run."""
         attempt.over = True
         if attempt.source in self.sources:
             attempt.source.given_back(attempt)
+        if self.holder.circuit is not None:
+            self.holder.circuit.released(attempt)
 
-    def _failure(self, attempt: Attempt, outcome: Failed) -> Failure:
+    def _failure(self, attempt: Attempt, outcome: Failed, *, last: bool) -> Failure:
         error, delay = outcome.error, None
         final = outcome.final or isinstance(error, Reject)
-        if not final:
+        if not final and not last:
             delay = next_delay(self.holder.options.retry, attempt.number, error, self.environment.random)
         options, record = self.holder.options, attempt.record
         self.environment.notify(AttemptFailed(options.name, record.type, record.position, attempt.number, error, delay))

@@ -116,20 +116,28 @@ class Probation:
         """The next attempt that is marked; the ones after it are taken, to be marked."""
         lane = self._lane
         if self._solo.holder is lane:
-            return self._give(self._alone) if self._alone in self._ready else None
+            return self._give(self._alone)
         while not self._ready and self._solo.holder is not lane:
             attempt = lane.take(marked=True)
             if attempt is None:
                 self._end_if_idle()
                 return None
             self._admit(attempt)
-        return self._give(self._ready[0]) if self._ready and not lane.is_held_up() else None
+            if lane.probation is not self:  # the last one was convicted
+                return lane.take()
+        return self._give(self._ready[0] if self._ready else None)
 
-    def _give(self, attempt: Attempt | None) -> Attempt:
-        assert attempt is not None
+    def _give(self, attempt: Attempt | None) -> Attempt | None:
+        if attempt is None or attempt not in self._ready or not self._may_begin(attempt):
+            return None
         self._ready.remove(attempt)
         self.pending -= 1
         return attempt
+
+    def _may_begin(self, attempt: Attempt) -> bool:
+        lane = self._lane
+        circuit = lane.holder.circuit
+        return not lane.is_held_up() and attempt.epoch == lane.epoch and (circuit is None or circuit.lets(attempt))
 
     def _admit(self, attempt: Attempt) -> None:
         """Convict it, or have it marked, alone if it is suspected."""
@@ -160,7 +168,7 @@ class Probation:
         if attempt.over:
             return
         self._ready.append(attempt)
-        if not marked or self._lane.is_held_up():
+        if not marked or not self._may_begin(attempt):
             self.recall()
         elif not self._lane.scheduled:
             self._lane.environment.schedule(self._lane)

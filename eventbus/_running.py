@@ -216,6 +216,7 @@ class Running:
             with anyio.move_on_after(max(timeout, 1.0)):  # on a full disk it would take for ever
                 for serving in self.dispatcher.servings.values():
                     if serving.circuit is not None:
+                        serving.circuit.hurry()
                         await serving.circuit.at_rest.wait()
             self.dispatcher.close()
             self.elsewhere.stepped()

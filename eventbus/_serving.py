@@ -69,8 +69,7 @@ class Serving:
         breaker = options.breaker
         self.circuit = None
         if breaker is not None:
-            in_turn = options.order in ("key", "none")
-            self.circuit = Circuit(self, breaker, dispatcher.environment, in_turn=in_turn)
+            self.circuit = Circuit(self, breaker, dispatcher.environment)
         self._cannot: set[str] = set()  # lanes with events that cannot be decoded here
         self._starts: dict[str, float] = {}
         self.lanes: dict[str, Lane] = {}
@@ -223,6 +222,8 @@ class Serving:
         for state in states:
             lane = self.lanes.get(state.lane)
             if lane is not None and lane.epoch < state.epoch:
+                if self.circuit is not None:
+                    self.circuit.forget(lane)
                 intake = lane.log.intake
                 intake.reset(state.checkpoint)
                 lane.restart(state, *self._sources(lane, intake, state, rows))
@@ -299,6 +300,9 @@ class Serving:
             feed.closed = True
             del self.feeds[lane.name]
         self.redriver.forget(lane)
+        if self.circuit is not None:
+            self.circuit.forget(lane)
+            self.circuit.rested()
 
     def _sources(
         self, lane: Lane, intake: Intake, state: LaneState, rows: Sequence[WaitingRow]

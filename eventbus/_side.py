@@ -22,6 +22,7 @@ from eventbus._retry import seconds_until
 from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, Record, WaitingRow, WaitingRows
 
 if TYPE_CHECKING:
+    from eventbus._circuit import Circuit
     from eventbus._lanes import Environment
     from eventbus._loop import Waiter
     from eventbus._subscription import Subscription
@@ -155,6 +156,7 @@ class Parking(Protocol):
     """The subscription, as the redriver sees it."""
 
     options: Subscription
+    circuit: Circuit | None
 
     def lane_of(self, record: Record) -> Lane | None:
         """The lane that an event of it belongs to."""
@@ -313,6 +315,8 @@ class Redriver:
         if lane.gives_nothing():
             self._skipped += 1
             return
+        if self._serving.circuit is not None:
+            self._serving.circuit.forget(lane, row.record)
         self._known[row.id] = lane
         source = self._sources.get(lane)
         if source is None:

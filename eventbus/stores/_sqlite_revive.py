@@ -24,9 +24,11 @@ def revive(connection: Connection, command: Revive, now: float) -> tuple[LaneSta
     """See `Revive`."""
     name = command.subscription
     order = next((each.order for each in subscriptions(connection) if each.name == name), None)
-    own = {each.lane for each in owners(connection, [name]) if each.owner == command.instance}
+    own = {each.lane: each.epoch for each in owners(connection, [name]) if each.owner == command.instance}
     there = _in_log(connection, [each.position for each in command.deliveries])
-    wanted = sorted((each for each in command.deliveries if each.lane in own and each.position in there), key=_place)
+    wanted = sorted(
+        (each for each in command.deliveries if own.get(each.lane) == each.epoch and each.position in there), key=_place
+    )
     states = {state.lane: state for state in lanes(connection, name)}
     changed = []
     for lane, group in itertools.groupby(wanted, key=lambda each: each.lane):

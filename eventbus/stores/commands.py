@@ -178,9 +178,10 @@ class Marking(Command[None], frozen=True):
 
 
 class Revived(msgspec.Struct, frozen=True):
-    """A delivery that is as it was: unsettled, after so many attempts, due now."""
+    """A delivery that is as it was: unsettled, after so many attempts, due now. `epoch`: its lane's, when it failed."""
 
     lane: str
+    epoch: int
     position: int
     key: str | None
     attempts: int
@@ -194,8 +195,8 @@ class Revive(Command[tuple[LaneState, ...]], frozen=True):
     - In order "key" there is one row for each key, at its first position, so none of the key behind it may have been.
     - In order "none" there is a row for each.
 
-    Lanes that the instance does not own are left alone, and so are deliveries whose event is not in the log any more. Each lane
-    that is changed gets the next epoch; the result is these lanes.
+    Lanes that the instance does not own in that epoch are left alone, and so are deliveries whose event is not in the log any
+    more. Each lane that is changed gets the next epoch; the result is these lanes.
     """
 
     instance: str

@@ -306,7 +306,7 @@ class Reviving(ConformanceBase):
         """Dead letters go, and the lane stands before the first of them, in the next epoch, with the attempts it had."""
         state = self.with_lane(store, events=4)
         self.settle(store, self.unit(state, 1), self.unit(state, 2, death=death()), self.unit(state, 3, death=death()))
-        deliveries = (Revived("order.created", 3, None, 0), Revived("order.created", 2, None, 1))
+        deliveries = tuple(Revived("order.created", state.epoch, *each) for each in ((3, None, 0), (2, None, 1)))
         (lane,) = self.run(store, Revive(INSTANCE.id, "mailer", deliveries))
         assert (lane.epoch, lane.checkpoint, lane.attempt, lane.due_at) == (state.epoch + 1, 1, 1, None)
         assert (self.dead(store), store.read(Lanes())) == ([], (lane,))
@@ -320,7 +320,7 @@ class Reviving(ConformanceBase):
             self.unit(state, 1, death=death()),
             self.unit(state, 3, checkpoint=1, done=(3,), death=death()),
         )
-        deliveries = (Revived("", 1, None, 0), Revived("", 3, None, 2), Revived("", 4, None, 0))
+        deliveries = tuple(Revived("", state.epoch, *each) for each in ((1, None, 0), (3, None, 2), (4, None, 0)))
         self.run(store, Revive(INSTANCE.id, "mailer", deliveries))
         rows = [
             (row.waiting.position, row.waiting.key, row.waiting.attempt, row.waiting.due_at) for row in store.read(WaitingRows())
@@ -335,7 +335,8 @@ class Reviving(ConformanceBase):
         state = self.claim(store, lane="0")
         waiting = Waiting(2, "k", 3, NOW + 9)
         self.settle(store, self.unit(state, 1, death=death()), self.unit(state, 2, rows=(waiting,)))
-        self.run(store, Revive(INSTANCE.id, "mailer", (Revived("0", 1, "k", 0), Revived("0", 2, "k", 2))))
+        deliveries = tuple(Revived("0", state.epoch, *each) for each in ((1, "k", 0), (2, "k", 2)))
+        self.run(store, Revive(INSTANCE.id, "mailer", deliveries))
         (row,) = store.read(WaitingRows())
         assert (row.waiting.position, row.waiting.key, row.waiting.attempt) == (1, "k", 0)
 
@@ -346,14 +347,16 @@ class Reviving(ConformanceBase):
         state = self.claim(store, lane="0")
         waiting = Waiting(1, "k", 3, NOW + 9)
         self.settle(store, self.unit(state, 2, rows=(waiting,)))
-        self.run(store, Revive(INSTANCE.id, "mailer", (Revived("0", 2, "k", 0),)))
+        self.run(store, Revive(INSTANCE.id, "mailer", (Revived("0", state.epoch, 2, "k", 0),)))
         assert [row.waiting for row in store.read(WaitingRows())] == [waiting]
 
     def test_what_is_gone_stays_dead(self, store: Store) -> None:
-        """A dead letter whose event is not in the log any more is left alone, and so are lanes of others."""
+        """A dead letter whose event is not in the log any more is left alone; so are lanes of others, and in another epoch."""
         state = self.with_lane(store, events=1)
         self.settle(store, self.unit(state, 1, death=death()))
-        assert self.run(store, Revive(OTHER.id, "mailer", (Revived("order.created", 1, None, 0),))) == ()
+        first, before = (Revived("order.created", epoch, 1, None, 0) for epoch in (state.epoch, state.epoch - 1))
+        assert self.run(store, Revive(OTHER.id, "mailer", (first,))) == ()
+        assert self.run(store, Revive(INSTANCE.id, "mailer", (before,))) == ()
         self.run(store, Prune(NOW + 1, 0.0, 0, 100))
-        assert self.run(store, Revive(INSTANCE.id, "mailer", (Revived("order.created", 1, None, 0),))) == ()
+        assert self.run(store, Revive(INSTANCE.id, "mailer", (first,))) == ()
         assert len(self.dead(store)) == 1

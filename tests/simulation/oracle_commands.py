@@ -295,7 +295,8 @@ def _revive(scene: Scene, command: Revive) -> tuple[LaneState, ...]:
     order = disk.subscriptions[name].order if name in disk.subscriptions else None
     changed = []
     for lane in disk.lanes_of(name):
-        back = [d for d in command.deliveries if d.lane == lane.state.lane and d.position in disk.log]
+        here = (lane.state.lane, lane.state.epoch)
+        back = [d for d in command.deliveries if (d.lane, d.epoch) == here and d.position in disk.log]
         back.sort(key=lambda delivery: delivery.position)
         if lane.owner != command.instance or not back:
             continue

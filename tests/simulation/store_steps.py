@@ -274,7 +274,8 @@ class History:
         """Some deliveries of a lane's past."""
         name, lane = self.chance.choice(list(self.disk.lanes))
         some = sorted({self.position() for _ in range(3)} & self.disk.log.keys())
-        return Revive(self.instance(), name, tuple(Revived(lane, at, self.disk.log[at].key, at % 3) for at in some))
+        epoch = self.disk.lanes[name, lane].state.epoch - (self.chance.random() < 0.1)
+        return Revive(self.instance(), name, tuple(Revived(lane, epoch, at, self.disk.log[at].key, at % 3) for at in some))
 
     def filter(self) -> DeadLetterFilter:
         """Some of the dead letters."""
