@@ -35,9 +35,10 @@ class Breaker:
     """When a subscription is held back because everything fails, and how it is tried again.
 
     When `failures` different events have failed, and none was handled in between, the circuit opens: nothing more is
-    delivered, and the attempts of these events are taken back, as if they had not been made; where one of them had become a dead
-    letter, it is none. What was rejected or redriven in between stays as it is, and so does what came before it in its order. Then one event is tried at a time, after `first` seconds, and after each failure `factor` times as long,
-    at most `cap`. These attempts do not count either. The first that succeeds closes the circuit.
+    delivered, and the attempts of these events are taken back, as if they had not been made; where one of them had become a
+    dead letter, it is none. What was rejected or redriven in between stays as it is, and so does what came before it in its
+    order. Then one event is tried at a time, after `first` seconds, and after each failure `factor` times as long, at most
+    `cap`. These attempts do not count either. The first that succeeds closes the circuit.
 
     Not counted as failures: `Reject`, `RetryAfter`, what `RetryPolicy.give_up_on` names, and events that cannot be decoded. They
     say something of the event.
