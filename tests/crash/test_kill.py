@@ -11,6 +11,8 @@ from tests.crash import at_points, campaign
 from tests.crash.failpoints import POINTS, VARIABLE
 from tests.crash.nursery import Nursery
 
+pytestmark = pytest.mark.timeout(300)  # each wait has a patience of its own, and says what did not come
+
 
 @pytest.mark.parametrize("number", range(8))
 def test_nothing_acknowledged_is_lost_by_a_kill(nursery: Nursery, number: int) -> None:

@@ -17,6 +17,8 @@ from tests.crash import processes
 from tests.crash.members import Members
 from tests.crash.nursery import Nursery
 
+pytestmark = pytest.mark.timeout(300)  # each wait has a patience of its own, and says what did not come
+
 
 @pytest.mark.parametrize("number", range(2))
 def test_nothing_acknowledged_is_lost_by_kills_among_several(nursery: Nursery, number: int) -> None:

@@ -11,6 +11,8 @@ from tests.crash import stops
 from tests.crash.members import Members
 from tests.crash.nursery import Nursery
 
+pytestmark = pytest.mark.timeout(300)  # each wait has a patience of its own, and says what did not come
+
 
 @pytest.mark.parametrize("number", range(2))
 def test_processes_that_are_stopped_past_their_lease(nursery: Nursery, number: int) -> None:
