@@ -466,7 +466,7 @@ class Lane:
         self.retiring = True
         self.recall()
         self.flush()
-        self._waiters.append((self.is_quiet, self.hindrance, _Call(quiet)))
+        self._waiters.append((self.is_quiet, lambda: None, _Call(quiet)))
         self.tell_waiters()
 
     def move(self) -> None:

@@ -5,9 +5,7 @@ Here they live in one process, which is the same to them; `tests/crash` does it 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,57 +16,10 @@ import pytest
 
 from eventbus import Delivery, DeliveryStatus, Draft, EventBus, HandlingFailed, LaneLost, Reject, RetryPolicy
 from eventbus._membership import NOBODY
-from eventbus._running import Running
 from eventbus.stores.base import Batch, Claim, Committed, Lanes, Record
 from eventbus.stores.sqlite import SQLiteStore
+from tests.bus.shops import Lapsing, Paid, Placed, Shop, opened, running, until
 from tests.bus.support import Recorder
-
-
-@attrs.frozen
-class Placed:
-    n: int
-
-
-@attrs.frozen
-class Paid:
-    n: int
-
-
-class Shop:
-    """A bus with one subscription, and what it has handled."""
-
-    def __init__(self, db: str, *types: type, **options: Any) -> None:
-        self.bus = EventBus(db, lease=options.pop("lease", 10.0))
-        self.seen: Recorder = Recorder()
-        self.bus.subscribe(*(types or (Placed,)), name="stock", **options)(self.handle)  # type: ignore[arg-type]
-
-    async def handle(self, event: Placed | Paid) -> None:
-        self.seen.add(event.n)
-
-    @property
-    def lanes(self) -> set[str]:
-        running = self.bus._running
-        return set() if running is None else {lane.name for lane in running.dispatcher.servings["stock"].lanes.values()}
-
-
-@contextlib.asynccontextmanager
-async def opened(*shops: Shop) -> AsyncIterator[None]:
-    async with AsyncExitStack() as stack:
-        for shop in shops:
-            await stack.enter_async_context(shop.bus)
-        yield
-
-
-def running(shop: Shop) -> Running:
-    assert shop.bus._running is not None
-    return shop.bus._running
-
-
-async def until(shops: Sequence[Shop], *sizes: int) -> None:
-    """Wait until the shops have so many lanes."""
-    with anyio.fail_after(10):
-        while [len(shop.lanes) for shop in shops] != list(sizes):
-            await running(shops[0]).membership.next_step()
 
 
 @pytest.mark.parametrize("order", ["type", "log", "key", "none"])
@@ -365,19 +316,6 @@ async def test_replay_has_the_lanes_whole(db: str) -> None:
         assert (summary.events, summary.handled) == (20, 20)
         assert (sorted(shops[0].seen.seen), shops[1].seen.seen) == (list(range(20)), [])
         await until(shops, 2, 2)
-
-
-class Lapsing(SQLiteStore):
-    """A store whose clock for leases stands still for its bus and can be moved on: as for a process that was stopped."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.ahead = 0.0
-        self.stopped_at: float | None = None
-
-    def monotonic(self) -> float:
-        now = super().monotonic() + self.ahead
-        return now if self.stopped_at is None else min(now, self.stopped_at)
 
 
 async def test_a_lease_that_has_ended(db: str) -> None:
