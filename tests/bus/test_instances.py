@@ -494,13 +494,14 @@ async def test_a_lane_that_is_rewound_while_it_is_to_go_to_another(db: str) -> N
         await never.wait()
 
     second.subscribe(Placed, name="b", order="log")(seen.note)
-    async with desk, first.open(stop_timeout=0), second:
+    async with desk, first.open(stop_timeout=0):
         await desk.publish(Placed(1))
         await begun.wait()
-        while not any(lane.retiring for lane in first._running.dispatcher.lanes()):  # type: ignore[union-attr]
-            await anyio.lowlevel.checkpoint()
-        await desk.rewind("b")
-        assert await seen.wait_for(1) == [Placed(1)]
+        async with second:
+            while not any(lane.retiring for lane in first._running.dispatcher.lanes()):  # type: ignore[union-attr]
+                await anyio.lowlevel.checkpoint()
+            await desk.rewind("b")
+            assert await seen.wait_for(1) == [Placed(1)]
 
 
 async def test_handled_while_lanes_move(db: str) -> None:
