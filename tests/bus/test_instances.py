@@ -245,6 +245,29 @@ async def test_lanes_go_to_those_that_know_the_type(db: str) -> None:
             assert set(old.seen.seen + new.seen.seen) == {*range(10), *range(100, 110)}
 
 
+@pytest.mark.parametrize("order", ["type", "log", "key", "none"])
+async def test_instances_that_declare_different_types(db: str, order: str) -> None:
+    """Where one program declares more types for a subscription than another, both agree on who has which lane, and all is handled."""
+    more, fewer = Shop(db, Placed, Paid, order=order), Shop(db, Paid, order=order)
+    async with more.bus:
+        await more.bus.publish(Placed(0))
+        await more.bus.publish(Paid(1))
+        assert await more.bus.drain(10) == {}
+        async with fewer.bus:
+            for n in range(2, 20, 2):
+                await fewer.bus.publish(Placed(n), key=n)
+                await more.bus.publish(Paid(n + 1), key=n)
+            with anyio.fail_after(10):
+                while {*more.seen.seen, *fewer.seen.seen} != set(range(20)):
+                    await anyio.lowlevel.checkpoint()
+            assert not more.lanes & fewer.lanes
+            assert not any(n % 2 == 0 for n in fewer.seen.seen)
+            for shop in (more, fewer):
+                running(shop).membership.poke()
+                await running(shop).membership.next_step()
+            assert running(more).membership._shares == running(fewer).membership._shares
+
+
 async def test_what_one_cannot_decode_another_does(db: str) -> None:
     """A lane with an event of a version that one program does not know goes to one that does."""
     from eventbus import event

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sqlite3
 import threading
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from typing import TypeVar
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from eventbus import BusNotOpen, Delivery, EventBus, LaneLost, Reject, RetryPolicy
+from eventbus import BusNotOpen, Delivery, Draft, Envelope, EventBus, LaneLost, Reject, RetryAfter, RetryPolicy
 from eventbus import _elsewhere as elsewhere_module
 from eventbus import _membership as membership_module
-from eventbus.stores.base import Batch, Beat, Committed, Release
+from eventbus.stores.base import Batch, Beat, Claim, Committed, Query, Release, WaitingRows
+from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.shops import Counting, Lapsing, Paid, Placed, Refusing, Shop, opened, running, stay, until
 from tests.bus.support import Recorder
+
+T = TypeVar("T")
 
 LONG = 1_000.0
 """A lease that is not renewed while a test runs, so that no step is taken but for a reason."""
@@ -165,6 +172,103 @@ async def test_a_lease_that_lapses_while_its_renewal_waits(db: str) -> None:
         assert shop.seen.seen == []
         store.gate.set()
         assert await shop.seen.wait_for(1) == [1]
+
+
+# ------------------------------------------------------------------ claims
+
+
+async def test_a_lane_that_is_asked_for_comes_with_its_suspicion(db: str) -> None:
+    """A lane whose owner has died is on probation, also if it is claimed because an event of its type has come."""
+    bus, on_probation = EventBus(db), Recorder()
+
+    @bus.subscribe("*", name="audit")
+    async def audit(_envelope: Envelope) -> None:
+        assert bus._running is not None
+        (lane,) = bus._running.dispatcher.lanes()
+        on_probation.add(lane.probation is not None)
+
+    async with bus:
+        await bus.publish(Paid(1))
+        assert await on_probation.wait_for(1) == [False]
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as file:
+        file.execute("UPDATE lanes SET deaths = 1")
+        file.execute("DELETE FROM events")  # so that it is not known at the start that there is such a type
+    async with bus:
+        await bus.publish(Paid(2))
+        assert await on_probation.wait_for(2) == [False, True]
+
+
+class Between(SQLiteStore):
+    """A store that has something done between its first claim of lanes and the look at what waits in them."""
+
+    def __init__(self, path: str, then: Callable[[], object]) -> None:
+        super().__init__(path)
+        self._then: Callable[[], object] | None = then
+        self._claimed = False
+
+    def commit(self, batch: Batch) -> Committed:
+        self._claimed = self._claimed or any(isinstance(command, Claim) for command in batch.commands)
+        return super().commit(batch)
+
+    def read(self, query: Query[T]) -> T:
+        then = self._then
+        if self._claimed and then is not None and isinstance(query, WaitingRows):
+            self._then = None
+            then()
+        return super().read(query)
+
+
+async def test_a_rewind_while_lanes_are_claimed(db: str) -> None:
+    """A key that waits for a retry stays in order when its lane is rewound by another while it is being claimed."""
+    bus, tried = EventBus(db), Recorder()
+
+    @bus.subscribe(Placed, name="stock", order="key", concurrency=1, retry=RetryPolicy(first=3600, cap=3600), breaker=None)
+    async def fail(placed: Placed) -> None:
+        tried.add(placed.n)
+        raise ValueError
+
+    async with bus:
+        await bus.publish_many([Draft(Placed(1), key="k"), Draft(Placed(2), key="k")])
+        await tried.wait_for(1)
+
+    async def rewind() -> None:
+        async with EventBus(db) as desk:
+            await desk.rewind("stock")
+            await desk.publish(Placed(3), key="k")
+
+    shop = Shop(db, order="key", concurrency=1)
+    async with shop.bus.open(Between(db, lambda: anyio.run(rewind))):
+        assert await shop.seen.wait_for(3) == [1, 2, 3]
+
+
+async def test_redrives_that_wait_in_a_lane_that_goes(db: str) -> None:
+    """What waits for another attempt in a lane is the next owner's, and counts no more with the one before."""
+    first, second = shop_of(db), shop_of(db)
+    tried = Recorder()
+
+    async def fail(placed: Placed) -> None:
+        tried.add(placed.n)
+        if len(tried.seen) <= 16:
+            raise Reject("no stock")
+        raise RetryAfter(3600)
+
+    for shop in (first, second):
+        shop.bus = EventBus(db, lease=LONG)
+        shop.bus.subscribe(Placed, name="stock", order="key", concurrency=2)(fail)
+
+    def known(shop: Shop) -> int:
+        return running(shop).dispatcher.servings["stock"].redriver.known
+
+    async with first.bus:
+        await publish(first)
+        await first.bus.drain(10)
+        await first.bus.dead_letters.redrive(all=True)
+        await tried.wait_for(32)
+        async with second.bus:
+            await until([first, second], 1, 1)
+            with anyio.fail_after(10):
+                while known(first) + known(second) != 16 or not known(second):
+                    await anyio.lowlevel.checkpoint()
 
 
 # ------------------------------------------------------------------ replays among others
