@@ -353,6 +353,11 @@ class Serving:
             lane.wake()
         self.redriver.kick()  # it passed over what is of paused lanes
 
+    def pause_refused(self, reason: str) -> None:
+        """See `Holder`."""
+        if self.paused == reason:
+            self.resume()
+
     def follow_pause(self, reason: str | None) -> None:
         """What another instance has stored."""
         if reason is not None and self.paused is None:

@@ -12,7 +12,7 @@ import pytest
 import eventbus._threads
 from eventbus import Delivery, EventBus, HandlingFailed, Reject, RetryPolicy, UnknownSubscription, event
 from eventbus.hooks import Moment, SubscriptionPaused
-from eventbus.stores.base import Order, Pause
+from eventbus.stores.base import Order, Pause, Rewind
 from tests.bus.support import Recorder
 
 ORDERS: list[Order] = ["type", "log", "key", "none"]
@@ -257,3 +257,36 @@ async def test_a_pause_that_is_seen_in_the_store_first(any_db: str, monkeypatch:
         monkeypatch.setattr(bus._running.journal, "command", see_it)
         await bus.pause("s")
     assert pauses.recorder.seen == [("s", "paused by hand")]
+
+
+async def test_a_pause_that_a_rewind_has_overtaken(any_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that would pause its subscription, and does not count since that is being rewound, does not pause it."""
+    begun, go_on, seen = anyio.Event(), anyio.Event(), Recorder()
+
+    async def handle(task: Task, delivery: Delivery) -> None:
+        seen.add(delivery.attempt)
+        if not go_on.is_set():
+            if delivery.attempt == 2:
+                begun.set()
+                await go_on.wait()
+            raise ValueError("overtaken")
+
+    bus, pauses = pausing(any_db, handle)
+    async with bus:
+        await bus.publish(Task("a", 1))
+        await begun.wait()
+        assert bus._running is not None
+        command = bus._running.journal.command
+
+        async def command_and_fail(given: Any) -> Any:
+            result = await command(given)
+            if isinstance(given, Rewind):
+                go_on.set()
+                assert await pauses.recorder.wait_for(1) == [("s", "ValueError: overtaken")]
+            return result
+
+        monkeypatch.setattr(bus._running.journal, "command", command_and_fail)
+        await bus.rewind("s")
+        assert await seen.wait_for(3) == [1, 2, 1]
+        assert await bus.drain(10) == {}
+        assert [info.state for info in await bus.subscriptions()] == ["running"]
