@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from eventbus import BusNotOpen, Delivery, Draft, Envelope, EventBus, LaneLost, Reject, RetryAfter, RetryPolicy
+from eventbus import BusNotOpen, Delivery, Draft, Envelope, EventBus, HandlingFailed, LaneLost, Reject, RetryAfter, RetryPolicy
 from eventbus import _elsewhere as elsewhere_module
 from eventbus import _membership as membership_module
 from eventbus.stores.base import Batch, Beat, Claim, Committed, Query, Release, WaitingRows
@@ -38,13 +38,13 @@ def no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
 class Gated(Shop):
     """A shop whose handler waits until it is let go on: always, or in replays alone."""
 
-    def __init__(self, db: str, *, lanes: int = 2, replays: bool = False) -> None:
-        super().__init__(db, order="key", concurrency=lanes, lease=LONG)
+    def __init__(self, db: str, *, replays: bool = False) -> None:
+        super().__init__(db, order="key", concurrency=2, lease=LONG)
         self.begun = Recorder()
         self.go_on = anyio.Event()
         self._replays = replays
         self.bus = EventBus(db, lease=LONG)
-        self.bus.subscribe(Placed, name="stock", order="key", concurrency=lanes)(self.wait)
+        self.bus.subscribe(Placed, name="stock", order="key", concurrency=2)(self.wait)
 
     async def wait(self, event: Placed, delivery: Delivery) -> None:
         self.begun.add(event.n)
@@ -53,8 +53,8 @@ class Gated(Shop):
         self.seen.add(event.n)
 
 
-def shop_of(db: str, lanes: int = 2) -> Shop:
-    return Shop(db, order="key", concurrency=lanes, lease=LONG)
+def shop_of(db: str) -> Shop:
+    return Shop(db, order="key", concurrency=2, lease=LONG)
 
 
 async def publish(shop: Shop, count: int = 16) -> None:
@@ -365,30 +365,69 @@ async def test_a_replay_that_waits_when_the_bus_closes(db: str) -> None:
 
 
 @pytest.mark.usefixtures("no_second_look")
-async def test_two_exclusive_replays(db: str) -> None:
-    """Of two instances that replay to one subscription, one has its lanes when what runs in the other has ended, also if that holds
-    everything else back; the other says that it has lost them."""
-    first, second = shop_of(db, 1), Gated(db, lanes=1, replays=True)
+async def test_replays_of_two_instances(db: str) -> None:
+    """The second one waits for its turn, and holds nothing up by holding everything else back meanwhile; each is complete."""
+    first, second = shop_of(db), Gated(db)
     async with first.bus, second.bus:
+        await until([first, second], 1, 1)
         await publish(first)
-        assert await first.bus.drain(10) == {}
+        await second.begun.wait_for(1)
+
+        async def replay(shop: Shop) -> None:
+            with anyio.fail_after(10):
+                assert (await shop.bus.replay(exclusive=True)).handled == 16
+
         async with anyio.create_task_group() as group:
-
-            async def lose() -> None:
-                with pytest.raises(LaneLost):
-                    await second.bus.replay(exclusive=True)
-
-            async def replay() -> None:
-                with anyio.fail_after(10):
-                    assert (await first.bus.replay(exclusive=True)).handled == 16
-
-            second.begun.seen.clear()
-            group.start_soon(lose)
-            await second.begun.wait_for(1)
-            group.start_soon(replay)
-            while not any(lane.retiring for lane in running(second).dispatcher.lanes()):
+            group.start_soon(replay, first)
+            while not all(lane.retiring for lane in running(second).dispatcher.lanes()):
+                await anyio.lowlevel.checkpoint()
+            group.start_soon(replay, second)
+            while running(second).dispatcher.servings["stock"].exclusive is None:
                 await anyio.lowlevel.checkpoint()
             await quiet_work(first)
+            second.go_on.set()
+
+
+async def test_two_replays_that_want_the_same_two_subscriptions(db: str) -> None:
+    """Two instances that have one lane each and want both do not wait for each other."""
+    buses = [EventBus(db, lease=LONG) for _ in range(2)]
+    for bus in buses:
+        for name in "ab":
+            bus.subscribe(Placed, name=name, order="log")(Recorder().note)
+    async with buses[0], buses[1]:
+        with anyio.fail_after(10):
+            while not all(bus._running and len(bus._running.dispatcher.lanes()) == 1 for bus in buses):
+                await anyio.lowlevel.checkpoint()
+            await buses[0].publish(Placed(1))
+
+            async def replay(bus: EventBus) -> None:
+                assert (await bus.replay()).handled == 2
+
+            async with anyio.create_task_group() as group:
+                for bus in buses:
+                    group.start_soon(replay, bus)
+
+
+@pytest.mark.usefixtures("no_second_look")
+async def test_a_replay_is_not_interrupted_by_another(db: str) -> None:
+    """Who has all lanes for a replay keeps them until it is over, whoever else wants them."""
+    first, second = shop_of(db), Gated(db, replays=True)
+    async with first.bus, second.bus:
+        await publish(first)
+        for shop in (first, second):
+            assert await shop.bus.drain(10) == {}
+        second.begun.seen.clear()
+
+        async def replay(shop: Shop) -> None:
+            with anyio.fail_after(10):
+                assert (await shop.bus.replay()).handled == 16
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(replay, second)
+            await second.begun.wait_for(1)
+            group.start_soon(replay, first)
+            while not any("stock" in member.holds for member in running(second).membership.standing.members[:1]):
+                await anyio.lowlevel.checkpoint()
             second.go_on.set()
 
 
@@ -418,6 +457,25 @@ async def test_handled_while_another_tries_again(db: str) -> None:
                 await desk.publish(Paid(n))
             assert store.reads - before < 50
             group.cancel_scope.cancel()
+
+
+async def test_handled_when_it_is_paused_here(db: str) -> None:
+    """Who waits for a lane of another instance is told at once of a pause from here."""
+    desk, worker = EventBus(db, lease=LONG), Gated(db)
+    async with worker.bus, desk:
+        receipt = await desk.publish(Placed(1))
+        await worker.begun.wait_for(1)
+        async with anyio.create_task_group() as group:
+
+            async def wait() -> None:
+                with pytest.raises(HandlingFailed, match="paused"):
+                    await receipt.handled(10)
+
+            group.start_soon(wait)
+            while not desk._running.elsewhere._waits:  # type: ignore[union-attr]
+                await anyio.lowlevel.checkpoint()
+            await desk.pause("stock")
+        worker.go_on.set()
 
 
 @pytest.mark.usefixtures("no_second_look")
