@@ -104,7 +104,6 @@ class Elsewhere:
             yield wait
         finally:
             self._waits.remove(wait)
-        self._dispatcher.check_open()
 
     # -------------------------------------------------------------- one event
 
@@ -131,6 +130,7 @@ class Elsewhere:
                 keys = [(name, _lane_of(wanted[name], record)) for name in left]
                 wait.reached = partial(_some_have_passed, keys, record.position)
                 await wait.waiter.wait()
+                self._dispatcher.check_open()
 
     def _wanted_by(self, record: Record) -> dict[str, Subscribed]:
         """The subscriptions that an event is for, but for those that have its lane here."""
@@ -189,6 +189,7 @@ class Elsewhere:
                     break
                 with anyio.move_on_after(PATIENCE):  # it may be paused here
                     await wait.waiter.wait()
+                self._dispatcher.check_open()
                 waited = True
         return waited
 

@@ -17,7 +17,7 @@ import anyio
 
 from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
 from eventbus._serving import lanes_wanted
-from eventbus._sharing import LaneKey, share
+from eventbus._sharing import LaneKey, fits, share
 from eventbus.errors import BusNotOpen, EventBusError, InvalidSubscription
 from eventbus.stores.base import (
     Beat,
@@ -368,8 +368,8 @@ class Membership:
         return {lane for (subscription, lane), id in self._shares.items() if subscription == name and id is not None}
 
     async def hold(self, names: Sequence[str], check: Callable[[], object]) -> None:
-        """Have all lanes of these subscriptions that anybody can run, however many instances there are, until `let_go`; and have
-        the others know what is pinned. `check` raises when it is no use to wait any longer."""
+        """Have all lanes of these subscriptions that this instance can have, however many there are, until `let_go`; and have the
+        others know what is pinned. `check` raises when it is no use to wait any longer."""
         self._holds += names
         begun = self._begun  # a step that is under way may have looked before
         self.poke()
@@ -380,13 +380,16 @@ class Membership:
 
     def _has_whole(self, name: str) -> bool:
         serving = self._dispatcher.servings.get(name)
-        if serving is None:
+        stored = next((each for each in self.standing.subscriptions if each.name == name), None)
+        own = next((member for member in self.standing.members if member.instance.id == self._instance.id), None)
+        if serving is None or stored is None:
             return True  # it was removed
+        if own is None or name not in own.holds or name not in own.serves:
+            return False
+        if not fits(own.serves[name], stored):
+            return True  # as it is stored, this program gets none of it
         meant_for = {lane: id for (subscription, lane), id in self._shares.items() if subscription == name and id is not None}
-        return name in self._held() and {*meant_for.values()} <= {self._instance.id} and meant_for.keys() <= serving.lanes.keys()
-
-    def _held(self) -> Sequence[str]:
-        return next((m.holds for m in self.standing.members if m.instance.id == self._instance.id), ())
+        return {*meant_for.values()} <= {self._instance.id} and meant_for.keys() <= serving.lanes.keys()
 
     def let_go(self, names: Sequence[str]) -> None:
         """The end of a `hold`."""

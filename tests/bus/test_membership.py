@@ -310,6 +310,15 @@ async def test_a_replay_to_a_lane_that_is_not_here(db: str, monkeypatch: pytest.
         assert caught.value.position == 0
 
 
+async def test_a_replay_to_what_this_program_cannot_run(db: str) -> None:
+    """One that gets no lane of a subscription, for it does not declare all its types, says so, and does not wait for ever."""
+    more, fewer = Shop(db, Placed, Paid, order="log", lease=LONG), Shop(db, Placed, order="log", lease=LONG)
+    async with more.bus, fewer.bus:
+        await publish(more, 3)
+        with anyio.fail_after(10), pytest.raises(LaneLost):
+            await fewer.bus.replay()
+
+
 async def test_a_dry_run_counts_what_others_would_handle(db: str) -> None:
     """It counts all events of the range, whoever has their lanes."""
     shops = [Shop(db, order="key", concurrency=4) for _ in range(2)]
