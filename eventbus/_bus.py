@@ -388,6 +388,7 @@ class EventBus:
             ConfigurationError: a point or a rate that cannot be, a subscription that does not allow replays, or an exclusive
                 replay to one that has one already.
             UnknownSubscription: one of `to` is not dispatched here.
+            LaneLost: a lane that it needs is not here, or not any more.
         """
         running = self._open()
         if not isinstance(exclusive, bool):

@@ -7,18 +7,25 @@ whenever others have written, and somebody waits, the lanes are read once, for a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
+import anyio
 import msgspec
 
 from eventbus._model import DeliveryStatus
 from eventbus.errors import UnknownEvent
 from eventbus.stores.base import (
+    DeadLetterFilter,
+    DeadLetters,
     Lanes,
     LaneState,
     Record,
     Subscribed,
+    WaitingRows,
     lane_name,
     since_of,
 )
@@ -35,13 +42,16 @@ _log = logging.getLogger("eventbus")
 
 LaneStates = Mapping[tuple[str, str], LaneState]
 _DONE = (DeliveryStatus.HANDLED, DeliveryStatus.DEAD)
+_PAGE = 100
+PATIENCE = 0.1
+"""Seconds after which who waits for all of a subscription looks again, whatever has happened."""
 
 
 class _Wait(msgspec.Struct, eq=False):
-    """Someone who waits until `reached` may be true of the lanes as they are stored."""
+    """Someone who waits until others have written something with which `reached` is true of the lanes as they are stored."""
 
-    reached: Callable[[LaneStates], bool]
     waiter: Waiter
+    reached: Callable[[LaneStates], bool] = lambda _states: True
 
 
 class Elsewhere:
@@ -85,15 +95,15 @@ class Elsewhere:
         for wait in self._waits:
             wait.waiter.set()
 
-    async def _wait(self, reached: Callable[[LaneStates], bool]) -> None:
-        wait = _Wait(reached, self._dispatcher.environment.loop.waiter())
+    @contextmanager
+    def _watching(self) -> Iterator[_Wait]:
+        """Someone looks how things stand, and may wait then: what is written from the beginning of the look on ends the wait."""
+        wait = _Wait(self._dispatcher.environment.loop.waiter())
         self._waits.append(wait)
         try:
-            self.noticed()  # it may have been so before
-            await wait.waiter.wait()
+            yield wait
         finally:
             self._waits.remove(wait)
-        self._dispatcher.check_open()
 
     # -------------------------------------------------------------- one event
 
@@ -101,23 +111,26 @@ class Elsewhere:
         """Wait until all subscriptions whose lane is not here have settled an event; or at once, those that do not settle it for
         now, and why. With `at_once`, no waiting in any case."""
         while True:
-            wanted = self._wanted_by(record)
-            if not wanted:
-                return {}
-            try:
-                statuses = await self._status.of(record.id)
-            except UnknownEvent:
-                return {}  # retention has removed it: everybody had settled it
-            left = [name for name in wanted if statuses.get(name) not in _DONE]
-            hopeless = {name: reason for name in left if (reason := self._hindrance(wanted[name], record)) is not None}
-            if hopeless or at_once:
-                return hopeless
-            if not left:
-                if self._wanted_by(record).keys() <= wanted.keys():
+            with self._watching() as wait:
+                wanted = self._wanted_by(record)
+                if not wanted:
                     return {}
-                continue  # a lane that was here has gone meanwhile
-            keys = [(name, _lane_of(wanted[name], record)) for name in left]
-            await self._wait(lambda states, keys=keys: any(_has_passed(states.get(key), record.position) for key in keys))  # type: ignore[misc]
+                try:
+                    statuses = await self._status.of(record.id)
+                except UnknownEvent:
+                    return {}  # retention has removed it: everybody had settled it
+                left = [name for name in wanted if statuses.get(name) not in _DONE]
+                hopeless = {name: reason for name in left if (reason := self._hindrance(wanted[name], record)) is not None}
+                if hopeless or at_once:
+                    return hopeless
+                if not left:
+                    if self._wanted_by(record).keys() <= wanted.keys():
+                        return {}
+                    continue  # a lane that was here has gone meanwhile
+                keys = [(name, _lane_of(wanted[name], record)) for name in left]
+                wait.reached = partial(_some_have_passed, keys, record.position)
+                await wait.waiter.wait()
+                self._dispatcher.check_open()
 
     def _wanted_by(self, record: Record) -> dict[str, Subscribed]:
         """The subscriptions that an event is for, but for those that have its lane here."""
@@ -157,21 +170,63 @@ class Elsewhere:
 
     async def clear(self, serving: Serving, position: int) -> None:
         """Wait until the lanes of a subscription that are not here have settled all up to a position, or have come here, or
-        nobody runs them."""
-        while serving.paused is None and not serving.closed and await self.left(serving, position):
-            if serving.waits_for is not None and not self._membership.serves_elsewhere(serving.options.name):
-                return
-            await self._wait(lambda _states: True)
+        nobody runs them. What is parked is not waited for."""
+        await self._none(serving, lambda away: self._are_behind(serving, position, away))
+
+    async def redriven(self, serving: Serving) -> bool:
+        """Wait until all that is redriven in the lanes that are not here is settled, as `clear`. False if there was nothing."""
+        return await self._none(serving, lambda away: self._redriven(serving, away, 1))
+
+    async def _none(self, serving: Serving, some: Callable[[Collection[str]], Awaitable[object]]) -> bool:
+        """Wait until there is none left in the lanes that are not here. False if there was none."""
+        waited = False
+        while serving.paused is None and not serving.closed:
+            with self._watching() as wait:
+                away = self.away(serving)
+                if not away or not await some(away):
+                    break
+                if serving.waits_for is not None and not self._membership.serves_elsewhere(serving.options.name):
+                    break
+                with anyio.move_on_after(PATIENCE):  # it may be paused here
+                    await wait.waiter.wait()
+                self._dispatcher.check_open()
+                waited = True
+        return waited
+
+    async def _are_behind(self, serving: Serving, position: int, away: Collection[str]) -> bool:
+        rows = [row for row in await self._reader.ask(WaitingRows(serving.options.name)) if row.lane in away]
+        if any(row.waiting.state != "parked" and row.waiting.begins <= position for row in rows):
+            return True
+        return await self._status.behind(serving.stored, position, away) > 0
+
+    async def _redriven(self, serving: Serving, away: Collection[str], most: float = math.inf) -> int:
+        """How many dead letters are being redriven in these lanes; counted up to `most`."""
+        which, count, after = DeadLetterFilter(subscription=serving.options.name, redriving=True), 0, 0
+        while True:
+            rows = await self._reader.ask(DeadLetters(which, after, _PAGE))
+            count += sum(_lane_of(serving.stored, row.record) in away for row in rows)
+            if count >= most or len(rows) < _PAGE:
+                return count
+            after = rows[-1].id
+
+    def away(self, serving: Serving) -> set[str]:
+        """The lanes that are not here, and that an instance can run."""
+        return self._membership.lanes_of(serving.options.name) - serving.lanes.keys()
 
     async def left(self, serving: Serving, position: int) -> int:
-        """How many deliveries up to a position are not settled in lanes that are not here; those of the rows of `deliveries` are
-        counted with them."""
-        away = self._membership.lanes_of(serving.options.name) - serving.lanes.keys()
-        return await self._status.unsettled(serving.stored, position, away) if away else 0
+        """How many deliveries up to a position are not settled in the lanes that are not here; without those that have rows."""
+        away = self.away(serving)
+        if not away:
+            return 0
+        return await self._redriven(serving, away) + await self._status.behind(serving.stored, position, away)
 
 
 def _lane_of(stored: Subscribed, record: Record) -> str:
     return lane_name(stored.order, stored.concurrency, record.type, record.slot)
+
+
+def _some_have_passed(keys: Sequence[tuple[str, str]], position: int, states: LaneStates) -> bool:
+    return any(_has_passed(states.get(key), position) for key in keys)
 
 
 def _has_passed(state: LaneState | None, position: int) -> bool:

@@ -68,6 +68,9 @@ class Holder(Protocol):
     def pause(self, reason: str) -> None:
         """Stop giving out deliveries; the lane has stored the reason."""
 
+    def pause_refused(self, reason: str) -> None:
+        """This pause was not stored, for the outcome that it belongs to was left out."""
+
     def redriven(self, letter: int, due_at: float | None) -> None:
         """The store knows what became of a redriven dead letter: `due_at` if it is to be tried again."""
 
@@ -349,6 +352,8 @@ class Lane:
             self._tell_scheduled(unit.published)
         if conflict:
             _log.error("%s: an event it published has an idempotency key of other content: dead-lettered", unit.subscription)
+        if refusal is not None and unit.pause is not None:
+            self.holder.pause_refused(unit.pause)
         if refusal == "fenced":
             if unit.epoch == self.epoch and not self.closed and not self.holder.rewinding:
                 _log.warning("%s: an outcome was refused, for the lane %r is not ours any more", unit.subscription, unit.lane)
@@ -476,7 +481,7 @@ class Lane:
         self.retiring = True
         self.recall()
         self.flush()
-        self._waiters.append((self.is_quiet, self.hindrance, _Call(quiet)))
+        self._waiters.append((self.is_quiet, lambda: None, _Call(quiet)))
         self.tell_waiters()
 
     def move(self) -> None:

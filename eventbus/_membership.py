@@ -13,15 +13,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import anyio
+
 from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
 from eventbus._serving import lanes_wanted
-from eventbus._sharing import LaneKey, share
-from eventbus.errors import BusNotOpen, EventBusError
+from eventbus._sharing import LaneKey, fits, share
+from eventbus.errors import BusNotOpen, EventBusError, InvalidSubscription
 from eventbus.stores.base import (
     Beat,
     Claim,
     Instance,
-    LaneState,
+    Lanes,
     Notice,
     Register,
     Release,
@@ -48,6 +50,8 @@ RETRY = 0.5
 """Seconds after which a step that failed is taken again."""
 RENEWALS = 3
 """So many times in a lease it is renewed."""
+PATIENCE = 0.1
+"""Seconds after which who waits for lanes looks again, whatever has happened."""
 
 NOBODY = Standing(0, (), (), ())
 
@@ -67,6 +71,11 @@ class Membership:
         self._shared = shared
         self._joined = self._leaving = self._failing = False
         self._shares: Mapping[LaneKey, str | None] = {}
+        self._taken: set[LaneKey] = set()  # lanes that others have
+        self._wanted: Mapping[str, Mapping[str, int]] = {}  # lanes and starts of all subscriptions
+        self._known: Mapping[str, int] = {}  # what was in the log
+        self._head = 0  # … when this had been announced
+        self._begun = self._looked = 0  # steps, and the last that has seen how all stand
         self._holds: list[str] = []
         self._seen = -1  # of the standing's changes
         self._changed = self._environment.loop.waiter()
@@ -88,11 +97,12 @@ class Membership:
             self._changed = self._environment.loop.waiter()
             try:
                 await self.step()
+                self._failing = False
             except BusNotOpen:
                 return
             except EventBusError as error:
                 if not self._failing:
-                    _log.error("the lease of this instance could not be renewed, trying again: %s", error)
+                    _log.error("this instance could not do all of its part among the others, trying again: %s", error)
                 self._failing = True
                 self._journal.renew_at = self._environment.lease_clock() + min(RETRY, self._lease / RENEWALS)
 
@@ -108,39 +118,30 @@ class Membership:
     # -------------------------------------------------------------- a step
 
     async def step(self) -> None:
-        """Renew the lease, look, give up, take, give back."""
+        """Renew the lease, look, and do what follows, part by part: one that fails stops no other; its error comes at the end."""
         self._at_rest = self._environment.loop.waiter()
+        self._begun += 1
         try:
             await self._step()
         finally:
             self._at_rest.set()
+            self._tell_waiters()
+            self.on_step()
 
     async def _step(self) -> None:
         # What is done here from now on need not be in the standing; what was done before goes with the renewal.
         before = {serving: (serving.stored, serving.pauses) for serving in self._dispatcher.servings.values()}
         await self.renew()
-        lanes = self._dispatcher.lanes()
-        self.standing = standing = await self._reader.ask(Stand())
-        self._journal.notice_every = math.inf if not self._shared else NOTICE_ALONE if self.is_alone() else NOTICE_INTERVAL
-        self._follow(standing, before)
-        self._give_up(standing, lanes)
-        await self._change_generations()
-        head, known = self._dispatcher.head, await self._reader.ask(Types())
-        self._dispatcher.known_types.update(known)
-        # Also of those that are not served here: who has much of them gets less of others, and all instances must agree on it.
-        wanted = {
-            each.name: dict(lanes_wanted(each.order, each.concurrency, each.types, each.since, known))
-            for each in self.standing.subscriptions
-        }
-        self._shares = share(self.standing, wanted)
-        await self._give_back()
-        await self._take(wanted, known, head)
-        if standing.changes != self._seen:
-            self._seen = standing.changes
-            for serving in self._dispatcher.servings.values():
-                serving.redriver.kick()
-        self._tell_waiters()
-        self.on_step()
+        await self._look(before)
+        errors = []
+        for part in (self._change_generations, self._give_back, self._take):
+            try:
+                await part()
+            except EventBusError as error:
+                errors.append(error)
+        self._kick_redrivers()
+        if errors:
+            raise errors[0]
 
     async def renew(self) -> None:
         """Show that this instance is alive."""
@@ -152,7 +153,7 @@ class Membership:
             _log.warning("the others have taken this instance for dead: its lease had ended. It begins anew")
             for lane in self._dispatcher.lanes():
                 self.lose(lane)
-        self._joined, self._failing = True, False
+        self._joined = True
         lapsed = self._environment.deadline <= self._environment.lease_clock()  # also while this waited for its turn
         if self._shared:
             self._environment.deadline = begun + self._lease
@@ -163,6 +164,7 @@ class Membership:
     async def leave(self) -> None:
         """Sign off; the lanes are free. No step is taken any more."""
         self._leaving = True
+        self._tell_waiters()
         await self._at_rest.wait_decided()
         await self._journal.command(Beat(self._instance, leaving=True))
 
@@ -171,6 +173,18 @@ class Membership:
         return all(member.instance.id == self._instance.id for member in self.standing.members)
 
     # -------------------------------------------------------------- what others have changed
+
+    async def _look(self, before: Mapping[Serving, tuple[Subscribed, int]]) -> None:
+        """See how all stand and what is in the log, and do as others have done."""
+        lanes = self._dispatcher.lanes()
+        self.standing = standing = await self._reader.ask(Stand())
+        self._journal.notice_every = math.inf if not self._shared else NOTICE_ALONE if self.is_alone() else NOTICE_INTERVAL
+        self._follow(standing, before)
+        self._give_up(standing, lanes)
+        self._head, self._known = self._dispatcher.head, await self._reader.ask(Types())
+        self._dispatcher.known_types.update(self._known)
+        self._share()
+        self._looked = self._begun
 
     def _follow(self, standing: Standing, before: Mapping[Serving, tuple[Subscribed, int]]) -> None:
         """What others have done to the subscriptions holds here as well; but not where something was done here meanwhile."""
@@ -203,12 +217,38 @@ class Membership:
 
     async def _change_generations(self) -> None:
         """Try again to have order and concurrency as they are declared here, now that others may have gone."""
-        waiting = [serving for serving in self._dispatcher.servings.values() if serving.waits_for is not None]
-        if waiting:
-            command = Register(tuple(serving.registration for serving in waiting), self._instance.id)
-            for now in await self._journal.command(command):
-                self._dispatcher.servings[now.name].follow(now)
+        switched = False
+        for serving in [serving for serving in self._dispatcher.servings.values() if serving.waits_for is not None]:
+            before = serving.generation
+            try:
+                (now,) = await self._journal.command(Register((serving.registration,), self._instance.id))
+            except InvalidSubscription as error:
+                serving.refuse(str(error))
+                continue
+            serving.follow(now)
+            switched = switched or now.generation != before
+            serving.refuse(None)
+        if switched:
             self.standing = await self._reader.ask(Stand())
+            self._share()
+
+    def _share(self) -> None:
+        """Compute who should have which lane."""
+        # Also of those that are not served here: who has much of them gets less of others, and all instances must agree on it.
+        self._wanted = {
+            each.name: dict(lanes_wanted(each.order, each.concurrency, each.types, each.since, self._known))
+            for each in self.standing.subscriptions
+        }
+        self._shares = share(self.standing, self._wanted)
+        others = {member.instance.id for member in self.standing.members} - {self._instance.id}
+        self._taken = {(each.subscription, each.lane) for each in self.standing.lanes if each.owner in others}
+
+    def _kick_redrivers(self) -> None:
+        """Others may have redriven something."""
+        if self.standing.changes != self._seen:
+            self._seen = self.standing.changes
+            for serving in self._dispatcher.servings.values():
+                serving.redriver.kick()
 
     # -------------------------------------------------------------- give back
 
@@ -236,7 +276,7 @@ class Membership:
         names = []
         for owned in self.standing.lanes:
             serving, key = self._dispatcher.servings.get(owned.subscription), (owned.subscription, owned.lane)
-            here = serving is not None and (owned.lane in serving.lanes or owned.lane in serving.claiming)
+            here = serving is not None and owned.lane in serving.lanes
             if owned.owner == self._instance.id and not here and self._shares.get(key) != self._instance.id:
                 names.append(key)
         return names
@@ -247,63 +287,54 @@ class Membership:
 
     # -------------------------------------------------------------- take
 
-    async def _take(self, wanted: Mapping[str, Mapping[str, int]], known: Mapping[str, int], head: int) -> None:
-        """Claim what is free and meant for us. `known` is what was in the log when `head` had been announced."""
-        members = {member.instance.id for member in self.standing.members} - {self._instance.id}
-        taken = {(each.subscription, each.lane) for each in self.standing.lanes if each.owner in members}
-        ours = [key for key, id in self._shares.items() if id == self._instance.id and key not in taken]
-        lanes = []
-        for name, lane in ours:
-            serving = self._dispatcher.servings.get(name)
-            if serving is not None and lane not in serving.lanes and lane not in serving.claiming:
-                serving.claiming.add(lane)
-                lanes.append((name, lane, wanted[name].get(lane, 0)))
-        if not lanes:
-            return
-        generations = {each.name: each.generation for each in self.standing.subscriptions}
-        states: Sequence[LaneState | None] = ()
-        try:
-            states = await self._journal.command(Claim(self._instance.id, tuple(lanes), generations))
-            rows = await self._reader.ask(WaitingRows()) if any(states) else ()
-            suspicions = {(s.subscription, s.lane): s for s in await self._reader.ask(Suspicions())}
-        finally:
-            for name, lane, _ in lanes:
-                if name in self._dispatcher.servings:
-                    self._dispatcher.servings[name].claiming.discard(lane)
-        last = known if self._dispatcher.head == head else None  # more has come meanwhile: the lanes must read
-        for state in states:
-            if state is not None and state.subscription in self._dispatcher.servings:
-                own = [row for row in rows if row.subscription == state.subscription]
-                suspicion = suspicions.get((state.subscription, state.lane))
-                self._dispatcher.add_lane(self._dispatcher.servings[state.subscription], state, own, last, suspicion)
+    async def _take(self) -> None:
+        """Claim what is free and meant for us, and what was asked for; after a failure that is asked for still."""
+        asked = [(serving, lane) for serving in self._dispatcher.servings.values() for lane in sorted(serving.claiming)]
+        claims = [claim for claim in dict.fromkeys([*self._meant_for_us(), *asked]) if self._is_ours(*claim)]
+        for serving, lane in claims:
+            serving.claiming.add(lane)
+        if claims:
+            await self._claim(claims)
+        for serving, lane in [*claims, *asked]:
+            serving.claiming.discard(lane)
+        for serving in dict.fromkeys(serving for serving, _ in [*claims, *asked]):
+            serving.redriver.kick()
         self._dispatcher.lanes_changed()
+
+    def _meant_for_us(self) -> list[tuple[Serving, str]]:
+        servings = self._dispatcher.servings
+        ours = [key for key, id in self._shares.items() if id == self._instance.id and key[0] in servings]
+        return [(servings[name], lane) for name, lane in ours]
+
+    def _is_ours(self, serving: Serving, lane: str) -> bool:
+        """Whether a lane that is not here is free, as far as is known, and not meant for another."""
+        key, id = (serving.options.name, lane), self._instance.id
+        return lane not in serving.lanes and key not in self._taken and self._shares.get(key, id) == id
+
+    async def _claim(self, claims: Sequence[tuple[Serving, str]]) -> None:
+        lanes = tuple((serving.options.name, lane, self._start(serving, lane)) for serving, lane in claims)
+        generations = {each.name: each.generation for each in self.standing.subscriptions}
+        states = await self._journal.command(Claim(self._instance.id, lanes, generations))
+        rows = await self._reader.ask(WaitingRows()) if any(states) else ()
+        suspicions = {(s.subscription, s.lane): s for s in await self._reader.ask(Suspicions())}
+        epochs = {(s.subscription, s.lane): s.epoch for s in await self._reader.ask(Lanes())}
+        last = self._known if self._dispatcher.head == self._head else None  # more has come meanwhile: the lanes must read
+        for (serving, _), state in zip(claims, states, strict=True):
+            if state is None or epochs.get((state.subscription, state.lane)) != state.epoch:
+                self.poke()  # another was first, or it was set back meanwhile and the rows are not those of its state
+            elif self._dispatcher.servings.get(state.subscription) is serving:
+                own = [row for row in rows if row.subscription == state.subscription]
+                self._dispatcher.add_lane(serving, state, own, last, suspicions.get((state.subscription, state.lane)))
+
+    def _start(self, serving: Serving, lane: str) -> int:
+        start = self._wanted.get(serving.options.name, {}).get(lane)
+        return start if start is not None else since_of(serving.since, lane) or 0
 
     def want_lane(self, serving: Serving, type: str) -> None:
         """A type has come up that a subscription in order "type" wants and has no lane for; its events wait in the log."""
-        name = serving.options.name
-        meant_for = self._shares.get((name, type), self._instance.id)
-        if type in serving.claiming or type in serving.lanes or meant_for != self._instance.id or serving.waits_for is not None:
-            return
-        serving.claiming.add(type)
-
-        def claimed(result: tuple[LaneState | None, ...] | Exception) -> None:
-            serving.claiming.discard(type)
-            if isinstance(result, Exception):
-                _log.error("%s: the lane %r could not be claimed: %s", name, type, result)
-            elif result[0] is None:
-                self.poke()  # another was first
-            elif name in self._dispatcher.servings and not self._dispatcher.closing:
-                self._dispatcher.add_lane(serving, result[0])
-                serving.redriver.kick()
-            self._dispatcher.lanes_changed()
-
-        try:
-            start = since_of(serving.since, type) or 0
-            claim = Claim(self._instance.id, ((name, type, start),), {name: serving.generation})
-            self._journal.submit(claim, claimed)
-        except EventBusError:  # the bus is closing, or the journal has stopped
-            serving.claiming.discard(type)
-            self._dispatcher.lanes_changed()
+        if type not in serving.claiming and serving.waits_for is None and self._is_ours(serving, type):
+            serving.claiming.add(type)
+            self.poke()
 
     def look_for_types(self) -> None:
         """Others have published: there may be types for which a lane is wanted."""
@@ -337,26 +368,28 @@ class Membership:
         return {lane for (subscription, lane), id in self._shares.items() if subscription == name and id is not None}
 
     async def hold(self, names: Sequence[str], check: Callable[[], object]) -> None:
-        """Have all lanes of these subscriptions, however many instances there are, until `let_go`; and have the others know what
-        is pinned. `check` raises when it is no use to wait any longer."""
+        """Have all lanes of these subscriptions that this instance can have, however many there are, until `let_go`; and have the
+        others know what is pinned. `check` raises when it is no use to wait any longer."""
         self._holds += names
-        if self._shared and not self.is_alone():
-            self.poke()
-            await self.next_step()
-        while not all(self._has_whole(name) for name in names):
+        begun = self._begun  # a step that is under way may have looked before
+        self.poke()
+        while self._looked <= begun or not all(self._has_whole(name) for name in names):
             check()
-            self.poke()
-            await self.next_step()
+            with anyio.move_on_after(PATIENCE):
+                await self.next_step()
 
     def _has_whole(self, name: str) -> bool:
         serving = self._dispatcher.servings.get(name)
-        if serving is None or not self._shared or self.is_alone():
-            return True
-        lanes = {lane for subscription, lane in self._shares if subscription == name}
-        return name in self._held() and lanes <= serving.lanes.keys()
-
-    def _held(self) -> Sequence[str]:
-        return next((m.holds for m in self.standing.members if m.instance.id == self._instance.id), ())
+        stored = next((each for each in self.standing.subscriptions if each.name == name), None)
+        own = next((member for member in self.standing.members if member.instance.id == self._instance.id), None)
+        if serving is None or stored is None:
+            return True  # it was removed
+        if own is None or name not in own.holds or name not in own.serves:
+            return False
+        if not fits(own.serves[name], stored):
+            return True  # as it is stored, this program gets none of it
+        meant_for = {lane: id for (subscription, lane), id in self._shares.items() if subscription == name and id is not None}
+        return {*meant_for.values()} <= {self._instance.id} and meant_for.keys() <= serving.lanes.keys()
 
     def let_go(self, names: Sequence[str]) -> None:
         """The end of a `hold`."""
@@ -368,7 +401,11 @@ class Membership:
         """Wait until a step has been taken."""
         waiter = self._environment.loop.waiter()
         self._waiters.append(waiter)
-        await waiter.wait()
+        try:
+            await waiter.wait()
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
 
     def _tell_waiters(self) -> None:
         waiters, self._waiters = self._waiters, []

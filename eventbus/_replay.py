@@ -319,11 +319,16 @@ class Replay:
         await self._advance()
 
     def _hand_over(self, targets: Sequence[Serving], records: Sequence[Record], portion: _Portion) -> None:
+        self._counts.events += len(records)
+        if self._dry_run:
+            return
         items: dict[Lane, list[Item]] = {}
         for record in records:
-            lanes = [lane for target in targets if (lane := target.lane_of(record))]
-            self._counts.events += bool(lanes)
-            for lane in lanes if not self._dry_run else ():
+            for target in targets:
+                lane = target.lane_of(record)
+                if lane is None:
+                    self._check_open()
+                    raise LaneLost(self._counts.position)
                 items.setdefault(lane, []).append(Item(record, portion.ended, self._goes_on))
         for lane, some in items.items():
             portion.open += len(some)

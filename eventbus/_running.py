@@ -324,7 +324,7 @@ class Running:
     async def _pause(self, name: str, reason: str) -> None:
         await self.journal.command(Pause(name, reason))
         serving = self.dispatcher.servings.get(name)
-        if serving is not None:
+        if serving is not None and serving.paused != reason:  # a step may have seen it first
             serving.pause(reason)
 
     async def resume(self, name: str) -> None:

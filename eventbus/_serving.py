@@ -63,6 +63,7 @@ class Serving:
         self.stored = stored
         self.types = self._types_of(stored)
         self.since = dict(stored.since)
+        self._refused: str | None = None
         self.paused = stored.paused
         self.pauses = 0
         """How often it was paused or resumed here."""
@@ -128,11 +129,11 @@ class Serving:
 
     @property
     def waits_for(self) -> str | None:
-        """Why it has no lanes: an instance of another deployment has them."""
+        """Why it has no lanes: an instance of another deployment has them, or what that has left behind is in the way."""
         stored, options = self.stored, self.options
         if (stored.order, stored.concurrency) == (options.order, options.concurrency):
             return None
-        return (
+        return self._refused or (
             f"waits until the instances that serve it with order={stored.order!r}, concurrency={stored.concurrency} have ended; "
             f"here it is declared with order={options.order!r}, concurrency={options.concurrency}"
         )
@@ -141,6 +142,12 @@ class Serving:
         """What other instances are told of how it is served here."""
         self._cannot.update(lane.name for lane in self.lanes.values() if lane.blocked is not None)
         return Serves(self.options.order, self.options.concurrency, self.types, tuple(sorted(self._cannot)), self.stuck)
+
+    def refuse(self, reason: str | None) -> None:
+        """The store cannot have it as it is declared here, for now; with None, it can."""
+        if reason not in (None, self._refused):
+            _log.warning("%s: %s", self.options.name, reason)
+        self._refused = reason
 
     def follow(self, stored: Subscribed) -> None:
         """It is stored otherwise than before: with other types, or other lanes."""
@@ -349,6 +356,11 @@ class Serving:
             lane.log.retry_now()
             lane.wake()
         self.redriver.kick()  # it passed over what is of paused lanes
+
+    def pause_refused(self, reason: str) -> None:
+        """See `Holder`."""
+        if self.paused == reason:
+            self.resume()
 
     def follow_pause(self, reason: str | None) -> None:
         """What another instance has stored."""

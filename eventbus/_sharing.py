@@ -8,7 +8,7 @@ back what it has and is meant for another.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from eventbus.stores.base import Member, Serves, Standing, Subscribed, type_matches
 
@@ -27,20 +27,27 @@ def share(standing: Standing, lanes: Mapping[str, Iterable[str]]) -> dict[LaneKe
     shares: dict[LaneKey, str | None] = {}
     load: Counter[str] = Counter()
     owners = {(each.subscription, each.lane): each.owner for each in standing.lanes}
+    whole = {
+        member.instance.id
+        for member in standing.members
+        if all(owners.get((name, lane)) == member.instance.id for name in member.holds for lane in lanes.get(name, ()))
+    }
     for subscribed in standing.subscriptions:
         names = sorted(set(lanes.get(subscribed.name, ())))
-        candidates = _candidates(standing.members, subscribed)
+        candidates = _candidates(standing.members, subscribed, whole)
         if names:
             shares |= _share_one(subscribed, names, candidates, owners, load)
     return shares
 
 
-def _candidates(members: Sequence[Member], subscribed: Subscribed) -> dict[str, Serves]:
-    """The instances that can run its lanes; if one of them wants it whole, that one alone."""
+def _candidates(members: Sequence[Member], subscribed: Subscribed, whole: Collection[str]) -> dict[str, Serves]:
+    """The instances that can run its lanes; if some of them want it whole, one of these alone. That goes by one order for all
+    subscriptions, or two instances could wait for each other: first who has all that it wants whole, and so keeps it."""
     name = subscribed.name
     serving = {m.instance.id: m for m in members if name in m.serves and fits(m.serves[name], subscribed)}
     holding = [id for id, member in serving.items() if name in member.holds]
-    return {id: member.serves[name] for id, member in serving.items() if not holding or id == min(holding)}
+    first = min(holding, key=lambda each: (each not in whole, each), default=None)
+    return {id: member.serves[name] for id, member in serving.items() if first is None or id == first}
 
 
 def fits(serves: Serves, subscribed: Subscribed) -> bool:

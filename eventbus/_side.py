@@ -248,6 +248,8 @@ class Redriver:
         """Another instance has this lane, and delivers what is redriven in it."""
         self._sources.pop(lane, None)
         self._known = {letter: its for letter, its in self._known.items() if its is not lane}
+        self._later.clear()  # which of them are of this lane is not known: all are read again
+        self.kick()
         self.changed()
 
     def _read_on(self) -> None:

@@ -168,14 +168,12 @@ class Status:
         behind, first = await self._reader.ask(lag_of(stored, lane, self._dispatcher.known_types, until))
         return max(0, behind - len(lane.done)), first
 
-    async def unsettled(self, stored: Subscribed, until: int, lanes: Collection[str]) -> int:
-        """How many deliveries up to a position are unsettled in some lanes, and in all rows of `deliveries`."""
-        claimed = await self._reader.ask(Lanes(stored.name))
-        count, _ = await self._reader.ask(LagOfRows(stored.name, self._types_of(stored), MOST))
+    async def behind(self, stored: Subscribed, until: int, lanes: Collection[str]) -> int:
+        """How many deliveries up to a position lie above the checkpoints of some lanes, unsettled."""
+        claimed, count = await self._reader.ask(Lanes(stored.name)), 0
         for lane in (*claimed, *self._unclaimed(stored, {lane.lane for lane in claimed})):
             if lane.lane in lanes:
-                behind, _ = await self._lag_of(stored, lane, until)
-                count += behind
+                count += (await self._lag_of(stored, lane, until))[0]
         return count
 
     def _unclaimed(self, stored: Subscribed, claimed: Collection[str]) -> list[LaneState]:

@@ -157,6 +157,7 @@ class Waiting:
                 self._dispatcher.check_open()
                 await redriver.wait_for_change()
                 redriven = True
+            redriven = await self._elsewhere.redriven(serving) or redriven
             if redriven and serving.paused is None:
                 await self._clear_all(serving, head)  # what was parked behind a dead letter follows it
         found = 0
@@ -187,22 +188,16 @@ class Waiting:
             await lane.wait_clear(position)
 
     async def _left(self, head: int) -> Mapping[str, int]:
-        left: dict[str, int] = {}
-        for name, serving in self._dispatcher.servings.items():
-            count = 0
-            if serving.parks() or not all(lane.clear_to(head) for lane in serving.lanes.values()):
-                count = await self._count(serving, head)
-            count = count or await self._elsewhere.left(serving, head)
-            count += serving.redriver.known
-            if count:
-                left[name] = count
-        return left
+        left = {name: await self._left_of(serving, head) for name, serving in list(self._dispatcher.servings.items())}
+        return {name: count for name, count in left.items() if count}
 
-    async def _count(self, serving: Serving, head: int) -> int:
-        count, _ = await self._reader.ask(LagOfRows(serving.options.name, serving.exact_types()))
-        for lane in list(serving.lanes.values()):  # lanes may move to or from other instances meanwhile
-            if not lane.clear_to(head):
-                types, slots = serving.reads(lane.name)
-                lag, _ = await self._reader.ask(Lag(lane.stored, types, slots, until=head))
-                count += max(0, lag - len(lane.log.done()))
+    async def _left_of(self, serving: Serving, head: int) -> int:
+        behind = [lane for lane in serving.lanes.values() if not lane.clear_to(head)]
+        count = serving.redriver.known + await self._elsewhere.left(serving, head)
+        if behind or serving.parks() or self._elsewhere.away(serving):
+            count += (await self._reader.ask(LagOfRows(serving.options.name, serving.exact_types())))[0]
+        for lane in behind:
+            types, slots = serving.reads(lane.name)
+            lag, _ = await self._reader.ask(Lag(lane.stored, types, slots, until=head))
+            count += max(0, lag - len(lane.log.done()))
         return count

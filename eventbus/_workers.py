@@ -258,6 +258,7 @@ class _Task:
             lane.settle(attempt, Failed(timed_out(attempt)) if self._timed_out else RELEASED)
             lane.wake()
         lane.flush()
+        lane.tell_waiters()  # an attempt that leaves nothing to write may have been the last
         self._timed_out = False
         self._lane = None
         self._pool.leave(lane)

@@ -18,7 +18,7 @@
     │   └── UnknownEventType          no class for this stored name, or a newer version than the class
     ├── ProcessDied                   an event ended the process again and again; stands in dead letters
     ├── HandlerTimeout                an attempt ran longer than its subscription's timeout
-    ├── LaneLost                      another instance got a lane during a replay
+    ├── LaneLost                      a replay had not all of its lanes any more
     ├── RangeNotRetained              a replay or rewind reaches back to events that retention has removed
     ├── StoreError                    the store refused or failed
     │   ├── StoreInUse                another instance has the file open
@@ -156,7 +156,8 @@ class WaitTimeout(EventBusError, TimeoutError):
 
 
 class LaneLost(EventBusError):
-    """A lane went to another instance during a replay: the lease of this one had ended. `replay(after=…)` goes on.
+    """A lane that a replay needs is not here, or not as it was: the lease of this instance had ended, its subscription was
+    rewound elsewhere, or this program cannot run it. `replay(after=…)` goes on.
 
     Attributes:
         position: up to here everything was delivered.
@@ -168,8 +169,8 @@ class LaneLost(EventBusError):
 
     def __str__(self) -> str:
         return (
-            "a lane went to another instance during a replay, for the lease of this one had ended; "
-            f"replay(after={self.position}) goes on"
+            "a lane that the replay needs is not here, or not as it was: the lease of this instance had ended, its subscription "
+            f"was rewound elsewhere, or this program cannot run it; replay(after={self.position}) goes on"
         )
 
 

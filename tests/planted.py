@@ -122,6 +122,29 @@ PLANTS: Sequence[Plant] = (
         ("tests/crash/test_stops.py", "tests/bus/test_instances.py", "tests/store/test_sqlite.py"),
     ),
     Plant(
+        "a claimed lane skips what was published while it was claimed",
+        (
+            Change(
+                "eventbus/_membership.py",
+                "last = self._known if self._dispatcher.head == self._head else None",
+                "last = self._known",
+            ),
+        ),
+        ("tests/bus/test_instances.py",),
+    ),
+    Plant(
+        "instances that serve different sets disagree on shares",
+        (
+            Change(
+                "eventbus/_membership.py",
+                "            for each in self.standing.subscriptions\n        }\n        self._shares",
+                "            for each in self.standing.subscriptions\n            if each.name in self._dispatcher.servings\n"
+                "        }\n        self._shares",
+            ),
+        ),
+        ("tests/bus/test_instances.py",),
+    ),
+    Plant(
         "checkpoint past a retry",
         (
             Change(

@@ -9,7 +9,8 @@ import pytest
 
 from eventbus import Breaker, ConfigurationError, Draft, EventBus, InvalidSubscription, Reject, RetryAfter, RetryPolicy
 from eventbus.hooks import CircuitClosed, CircuitOpened
-from eventbus.stores.base import Order
+from eventbus.stores.base import Order, Revive
+from tests.bus.shops import Refusing
 from tests.bus.support import HookRecorder, Recorder
 
 ORDERS: list[Order] = ["type", "log", "key", "none"]
@@ -167,6 +168,21 @@ async def test_a_circuit_is_closed_after_a_restart(db: str) -> None:
         assert await bus.drain(timeout=20) == {}
         assert await bus.dead_letters.list() == []
     assert world.done.seen == [0, 1, 2, 3, 4]
+
+
+async def test_leaving_while_nothing_can_be_taken_back(db: str) -> None:
+    """Leaving does not wait for ever for what the store cannot take back; the next start delivers it again."""
+    world, store = World(), Refusing(db)
+    bus, hook = bus_in(world, db, "type", plain=False, retry=ONCE)
+    store.refused = Revive
+    async with bus.open(store, stop_timeout=0):
+        await bus.publish_many([Task(n) for n in range(3)])
+        await hook.recorder.wait_for(1)
+    world.out = False
+    async with bus:
+        assert await bus.drain(timeout=20) == {}
+        assert await bus.dead_letters.list() == []
+    assert world.done.seen == [0, 1, 2]
 
 
 async def test_resume_closes_a_circuit(db: str) -> None:

@@ -5,9 +5,7 @@ Here they live in one process, which is the same to them; `tests/crash` does it 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,57 +16,10 @@ import pytest
 
 from eventbus import Delivery, DeliveryStatus, Draft, EventBus, HandlingFailed, LaneLost, Reject, RetryPolicy
 from eventbus._membership import NOBODY
-from eventbus._running import Running
 from eventbus.stores.base import Batch, Claim, Committed, Lanes, Record
 from eventbus.stores.sqlite import SQLiteStore
+from tests.bus.shops import Lapsing, Paid, Placed, Shop, opened, running, until
 from tests.bus.support import Recorder
-
-
-@attrs.frozen
-class Placed:
-    n: int
-
-
-@attrs.frozen
-class Paid:
-    n: int
-
-
-class Shop:
-    """A bus with one subscription, and what it has handled."""
-
-    def __init__(self, db: str, *types: type, **options: Any) -> None:
-        self.bus = EventBus(db, lease=options.pop("lease", 10.0))
-        self.seen: Recorder = Recorder()
-        self.bus.subscribe(*(types or (Placed,)), name="stock", **options)(self.handle)  # type: ignore[arg-type]
-
-    async def handle(self, event: Placed | Paid) -> None:
-        self.seen.add(event.n)
-
-    @property
-    def lanes(self) -> set[str]:
-        running = self.bus._running
-        return set() if running is None else {lane.name for lane in running.dispatcher.servings["stock"].lanes.values()}
-
-
-@contextlib.asynccontextmanager
-async def opened(*shops: Shop) -> AsyncIterator[None]:
-    async with AsyncExitStack() as stack:
-        for shop in shops:
-            await stack.enter_async_context(shop.bus)
-        yield
-
-
-def running(shop: Shop) -> Running:
-    assert shop.bus._running is not None
-    return shop.bus._running
-
-
-async def until(shops: Sequence[Shop], *sizes: int) -> None:
-    """Wait until the shops have so many lanes."""
-    with anyio.fail_after(10):
-        while [len(shop.lanes) for shop in shops] != list(sizes):
-            await running(shops[0]).membership.next_step()
 
 
 @pytest.mark.parametrize("order", ["type", "log", "key", "none"])
@@ -294,6 +245,29 @@ async def test_lanes_go_to_those_that_know_the_type(db: str) -> None:
             assert set(old.seen.seen + new.seen.seen) == {*range(10), *range(100, 110)}
 
 
+@pytest.mark.parametrize("order", ["type", "log", "key", "none"])
+async def test_instances_that_declare_different_types(db: str, order: str) -> None:
+    """Where one program declares more types for a subscription than another, both agree on who has which lane, and all is handled."""
+    more, fewer = Shop(db, Placed, Paid, order=order), Shop(db, Paid, order=order)
+    async with more.bus:
+        await more.bus.publish(Placed(0))
+        await more.bus.publish(Paid(1))
+        assert await more.bus.drain(10) == {}
+        async with fewer.bus:
+            for n in range(2, 20, 2):
+                await fewer.bus.publish(Placed(n), key=n)
+                await more.bus.publish(Paid(n + 1), key=n)
+            with anyio.fail_after(10):
+                while {*more.seen.seen, *fewer.seen.seen} != set(range(20)):
+                    await anyio.lowlevel.checkpoint()
+            assert not more.lanes & fewer.lanes
+            assert not any(n % 2 == 0 for n in fewer.seen.seen)
+            for shop in (more, fewer):
+                running(shop).membership.poke()
+                await running(shop).membership.next_step()
+            assert running(more).membership._shares == running(fewer).membership._shares
+
+
 async def test_what_one_cannot_decode_another_does(db: str) -> None:
     """A lane with an event of a version that one program does not know goes to one that does."""
     from eventbus import event
@@ -365,19 +339,6 @@ async def test_replay_has_the_lanes_whole(db: str) -> None:
         assert (summary.events, summary.handled) == (20, 20)
         assert (sorted(shops[0].seen.seen), shops[1].seen.seen) == (list(range(20)), [])
         await until(shops, 2, 2)
-
-
-class Lapsing(SQLiteStore):
-    """A store whose clock for leases stands still for its bus and can be moved on: as for a process that was stopped."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.ahead = 0.0
-        self.stopped_at: float | None = None
-
-    def monotonic(self) -> float:
-        now = super().monotonic() + self.ahead
-        return now if self.stopped_at is None else min(now, self.stopped_at)
 
 
 async def test_a_lease_that_has_ended(db: str) -> None:
@@ -556,13 +517,14 @@ async def test_a_lane_that_is_rewound_while_it_is_to_go_to_another(db: str) -> N
         await never.wait()
 
     second.subscribe(Placed, name="b", order="log")(seen.note)
-    async with desk, first.open(stop_timeout=0), second:
+    async with desk, first.open(stop_timeout=0):
         await desk.publish(Placed(1))
         await begun.wait()
-        while not any(lane.retiring for lane in first._running.dispatcher.lanes()):  # type: ignore[union-attr]
-            await anyio.lowlevel.checkpoint()
-        await desk.rewind("b")
-        assert await seen.wait_for(1) == [Placed(1)]
+        async with second:
+            while not any(lane.retiring for lane in first._running.dispatcher.lanes()):  # type: ignore[union-attr]
+                await anyio.lowlevel.checkpoint()
+            await desk.rewind("b")
+            assert await seen.wait_for(1) == [Placed(1)]
 
 
 async def test_handled_while_lanes_move(db: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import eventbus._threads
 from eventbus import Delivery, EventBus, HandlingFailed, Reject, RetryPolicy, UnknownSubscription, event
 from eventbus.hooks import Moment, SubscriptionPaused
-from eventbus.stores.base import Order
+from eventbus.stores.base import Order, Pause, Rewind
 from tests.bus.support import Recorder
 
 ORDERS: list[Order] = ["type", "log", "key", "none"]
@@ -238,3 +238,55 @@ async def test_exhausted_by_a_rejection_is_a_dead_letter_all_the_same(db: str) -
         assert len(await bus.dead_letters.list()) == 1
         assert (await bus.stats()).subscriptions["s"].state == "running"
     assert pauses.recorder.seen == []
+
+
+async def test_a_pause_that_is_seen_in_the_store_first(any_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause by hand is told of once, also if this instance has seen it in the store before `pause` goes on."""
+    bus, pauses = pausing(any_db, Broken())
+    async with bus:
+        assert bus._running is not None
+        (serving,) = bus._running.dispatcher.servings.values()
+        command = bus._running.journal.command
+
+        async def see_it(given: Any) -> Any:
+            result = await command(given)
+            if isinstance(given, Pause):
+                serving.follow_pause(given.reason)
+            return result
+
+        monkeypatch.setattr(bus._running.journal, "command", see_it)
+        await bus.pause("s")
+    assert pauses.recorder.seen == [("s", "paused by hand")]
+
+
+async def test_a_pause_that_a_rewind_has_overtaken(any_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that would pause its subscription, and does not count since that is being rewound, does not pause it."""
+    begun, go_on, seen = anyio.Event(), anyio.Event(), Recorder()
+
+    async def handle(task: Task, delivery: Delivery) -> None:
+        seen.add(delivery.attempt)
+        if not go_on.is_set():
+            if delivery.attempt == 2:
+                begun.set()
+                await go_on.wait()
+            raise ValueError("overtaken")
+
+    bus, pauses = pausing(any_db, handle)
+    async with bus:
+        await bus.publish(Task("a", 1))
+        await begun.wait()
+        assert bus._running is not None
+        command = bus._running.journal.command
+
+        async def command_and_fail(given: Any) -> Any:
+            result = await command(given)
+            if isinstance(given, Rewind):
+                go_on.set()
+                assert await pauses.recorder.wait_for(1) == [("s", "ValueError: overtaken")]
+            return result
+
+        monkeypatch.setattr(bus._running.journal, "command", command_and_fail)
+        await bus.rewind("s")
+        assert await seen.wait_for(3) == [1, 2, 1]
+        assert await bus.drain(10) == {}
+        assert [info.state for info in await bus.subscriptions()] == ["running"]
