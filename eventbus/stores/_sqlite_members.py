@@ -15,7 +15,7 @@ from collections.abc import Callable
 import msgspec
 
 from eventbus.stores._sqlite_commit import BUMP
-from eventbus.stores._sqlite_read import lanes, owners
+from eventbus.stores._sqlite_read import lanes, owners, subscriptions
 from eventbus.stores._sqlite_rows import one, to_micros
 from eventbus.stores._sqlite_units import write_lanes
 from eventbus.stores.base import Beat, Claim, LaneState, Marking, Release
@@ -77,7 +77,6 @@ _MemberRow = tuple[str, str, float, str, str]
 _MEMBERS = "SELECT CAST(json_group_array(json_array(id, boot, deadline, serves, holds)) AS BLOB) FROM instances"
 _MEMBER_ROWS = msgspec.json.Decoder(list[_MemberRow])
 _IDS = msgspec.json.Decoder(list[str])
-_GENERATIONS = msgspec.json.Decoder(list[tuple[str, int]])
 
 
 def claim(connection: Connection, command: Claim) -> tuple[LaneState | None, ...]:
@@ -87,7 +86,7 @@ def claim(connection: Connection, command: Claim) -> tuple[LaneState | None, ...
     alive = set(one(connection, "SELECT CAST(json_group_array(id) AS BLOB) FROM instances", (), _IDS, "instances"))
     alive.discard(command.instance)
     taken = {(each.subscription, each.lane) for each in owners(connection, wanted) if each.owner in alive}
-    generations = dict(one(connection, _GENERATION, (), _GENERATIONS, "subscriptions"))
+    generations = {each.name: each.generation for each in subscriptions(connection)}
     results: list[LaneState | None] = []
     for subscription, lane, start in command.lanes:
         generation = generations.get(subscription, 0)
@@ -100,9 +99,6 @@ def claim(connection: Connection, command: Claim) -> tuple[LaneState | None, ...
     if claimed:
         write_lanes(connection, claimed, command.instance)
     return tuple(results)
-
-
-_GENERATION = "SELECT CAST(json_group_array(json_array(name, generation)) AS BLOB) FROM subscriptions"
 
 
 def first_epoch(generation: int) -> int:
