@@ -104,9 +104,10 @@ class DeadLetters:
         which = self._filter(ids, subscription, type, error, since, until, needs_all=not all)
         running = self._running()
         count = await running.journal.command(Discard(which))
-        for serving in running.dispatcher.servings.values():
+        for serving in list(running.dispatcher.servings.values()):
             if serving.parks():
                 serving.redriver.kick()
+            await serving.redriver.drop_discarded()
         return count
 
     def _filter(

@@ -136,6 +136,7 @@ class Journal:
         self._full = False  # the store has no room for events: it is asked again and again
         self._outcomes_taken = 0.0
         self._retry_at = 0.0
+        self._given_up = False  # outcomes; none that comes later may be written, for it would stand for them
         self._crash: EventBusError | None = None
         self.listener: Listener | None = None
         self.notice_every = math.inf
@@ -343,6 +344,7 @@ class Journal:
         except BaseException as error:  # noqa: BLE001  # a fault of ours or the store's: nobody may wait for ever
             wrapped = PublishOutcomeUnknown([record.id for ticket in pending.appends for record in ticket.records])
             wrapped.__cause__ = error
+            self._given_up = True
             return self._on_failed, pending, wrapped, StoreError(f"the store failed unexpectedly: {error!r}")
         self._full = committed.full is not None
         if self._full:
@@ -386,6 +388,8 @@ class Journal:
         pending, self._pending = self._pending, _Pending()
         self.turn.come()
         pending.commands[:0] = pending.again
+        if self._given_up:
+            pending.units = []
         now = self._clock.monotonic()
         if pending.urgent or pending.rides or pending.commands or self._closing or now >= self._outcomes_taken + OUTCOME_INTERVAL:
             self._outcomes_taken = now
@@ -406,6 +410,7 @@ class Journal:
         """Outcomes and submitted commands are not lost with a failed commit: they go before those that came meanwhile."""
         with self._lock:
             if isinstance(error, _FATAL) or self._closing:
+                self._given_up = True
                 return
             self._pending.again = [ticket for ticket in pending.commands if ticket.kept]
             pending.commands = [ticket for ticket in pending.commands if not ticket.kept]

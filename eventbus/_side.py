@@ -77,6 +77,17 @@ class SideSource:
         self._items.extend(items)
         self._lane.wake()
 
+    def queued(self) -> list[int]:
+        """The dead letters among those that are next in order."""
+        return [item.letter.id for item in self._items if item.letter is not None]
+
+    def drop(self, letters: set[int]) -> set[int]:
+        """Deliver these dead letters no more; returns which of them were still to come."""
+        dropped = letters.intersection(self.queued())
+        self._items = deque(item for item in self._items if item.letter is None or item.letter.id not in dropped)
+        self._go_if_empty()
+        return dropped
+
     def take(self) -> Attempt | None:
         """The next item: one that is due again, or the next in order."""
         monotonic = self._lane.environment.clock.monotonic
@@ -251,6 +262,20 @@ class Redriver:
         self._later.clear()  # which of them are of this lane is not known: all are read again
         self.kick()
         self.changed()
+
+    async def drop_discarded(self) -> None:
+        """What waits to be redriven and is not in the store any more is not delivered."""
+        queued = [letter for source in self._sources.values() for letter in source.queued()]
+        for start in range(0, len(queued), _PAGE):
+            ids = queued[start : start + _PAGE]
+            which = DeadLetterFilter(ids=tuple(ids), subscription=self._subscription, redriving=True)
+            rows = await self._environment.reader.ask(DeadLetters(which, 0, _PAGE))
+            gone = set(ids).difference(row.id for row in rows)
+            for source in list(self._sources.values()):
+                for letter in source.drop(gone):
+                    self._known.pop(letter, None)
+        if queued:
+            self.changed()
 
     def _read_on(self) -> None:
         """Go on where the last page ended, if there is room again."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from eventbus import EventBus
@@ -28,6 +29,8 @@ from eventbus.__main__ import main
 from eventbus.cli import doctor_file, doctor_processes, doctor_report, doctor_subscriptions
 from eventbus.cli.doctor_report import WIDTH, Report, Section, duration, few, lines_of, size
 from eventbus.stores import _sqlite_file
+from eventbus.stores._sqlite_read import subscriptions
+from eventbus.stores._sqlite_units import write_subscription
 from eventbus.stores.sqlite_inspect import VERSION, Inspection, loses_commits
 from tests import doctor_child
 from tests.pages import ROOT, first_cells, page
@@ -84,6 +87,13 @@ def until(path: Path, code: str, seconds: float = 20) -> Mapping[str, Any]:
         if code in found(said) or time.monotonic() > end:
             assert code in found(said), said
             return said
+
+
+def change_subscriptions(path: Path, **changes: Any) -> None:
+    """As a bus would, with their checksums."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for subscribed in subscriptions(connection):
+            write_subscription(connection, msgspec.structs.replace(subscribed, **changes))
 
 
 def change(path: Path, *statements: str) -> None:
@@ -270,7 +280,7 @@ def test_a_subscription_that_no_running_bus_has(db: Path) -> None:
 def test_a_subscription_that_no_running_bus_has_and_nothing_waits(db: Path) -> None:
     """A note."""
     with child(made(db, "pauses"), "idles"):
-        change(db, "UPDATE subscriptions SET paused = NULL")
+        change_subscriptions(db, paused=None, paused_at=None)
         assert found(diagnose(db)) == {"not-served": "note"}
 
 
@@ -310,7 +320,7 @@ def test_an_event_that_nobody_can_decode(db: Path) -> None:
 def test_a_bus_of_another_deployment(db: Path) -> None:
     """One that declares another order than is stored waits: a note."""
     with child(db, "waits"):
-        change(db, "UPDATE subscriptions SET concurrency = 7")
+        change_subscriptions(db, concurrency=7)
         assert found(diagnose(db)) == {"other-deployment": "note"}
 
 
@@ -344,6 +354,13 @@ def test_failures(db: Path) -> None:
         ("UPDATE lanes SET checkpoint = 1 WHERE subscription = 'mailer'", "damaged-lanes", "'mailer'"),
         ("UPDATE dead_letters SET key = 'x' WHERE id = 2", "damaged-dead-letters", "id 2"),
         ("UPDATE scheduled SET type = 'y'", "damaged-scheduled", "id "),
+        ("UPDATE subscriptions SET concurrency = 9 WHERE name = 'mailer'", "damaged-subscriptions", "'mailer'"),
+        ("UPDATE subscriptions SET since = '{' WHERE name = 'mailer'", "damaged-subscriptions", "'mailer'"),
+        (
+            "INSERT INTO deliveries VALUES ('stock', 1, 'doctor.placed', NULL, 'retrying', 1, 0, NULL, NULL, 5)",
+            "damaged-deliveries",
+            "position 1",
+        ),
     ],
 )
 def test_a_row_that_is_not_what_was_written(statement: str, code: str, where: str, db: Path) -> None:
@@ -583,11 +600,14 @@ def test_numbers_in_words() -> None:
 # ------------------------------------------------------------------ the page
 
 
+_DAMAGED = ("events", "scheduled", "subscriptions", "lanes", "deliveries", "dead-letters")
+
+
 def test_the_page_lists_every_finding() -> None:
     """Codes are stable, and documented; the page lists them and no others."""
     sources = "".join(path.read_text(encoding="utf-8") for path in Path(doctor_report.__file__).parent.glob("doctor*.py"))
     codes = set(re.findall(r'(?:\.note|\.trouble|Finding)\(\s*"([a-z-]+)"', sources))
-    codes |= {f"damaged-{table}" for table in ("events", "scheduled", "lanes", "dead-letters")} | {"rows-…"}
+    codes |= {f"damaged-{table}" for table in _DAMAGED} | {"rows-…"}
     sections = {section.title: first_cells(section.text) for section in page("docs/reference/doctor.md").sections()}
     assert {code for cells in (sections["Findings"], sections["It cannot be looked at"]) for code in cells} == codes
 

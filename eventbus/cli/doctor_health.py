@@ -24,7 +24,10 @@ _RESTORE = (
 _WHAT_TO_DO = {
     "events": "a damaged event is dead-lettered when its turn comes; look at what else the disk has damaged, and at the disk",
     "scheduled": "a damaged event is dead-lettered when its turn comes; look at what else the disk has damaged, and at the disk",
+    "subscriptions": "no bus opens the file: restore a backup; without its row a subscription would begin anew",
     "lanes": "a lane that does not match is not run: rewind its subscription, or delete the row to begin again",
+    "deliveries": "the subscription is not run: rewind it to before the position (open a bus with dispatch=False), or delete the "
+    "row and replay the event",
     "dead_letters": "it cannot be redriven as it is; look at it with the `dead_letters` table, and at the disk",
 }
 
@@ -38,7 +41,9 @@ def health_section(inspection: Inspection, *, full: bool, now: float) -> Section
     checks: dict[str, Callable[[], tuple[int, list[Damage]]]] = {
         "events": lambda: inspection.damaged_events(None if full else NEWEST),
         "scheduled": inspection.damaged_scheduled,
+        "subscriptions": inspection.damaged_subscriptions,
         "lanes": inspection.damaged_lanes,
+        "deliveries": inspection.damaged_deliveries,
         "dead_letters": inspection.damaged_dead_letters,
     }
     checked = {}
@@ -52,7 +57,14 @@ def health_section(inspection: Inspection, *, full: bool, now: float) -> Section
     return section
 
 
-_WORDS = {"events": "events", "scheduled": "scheduled", "lanes": "lanes", "dead_letters": "dead letters"}
+_WORDS = {
+    "events": "events",
+    "scheduled": "scheduled",
+    "subscriptions": "subscriptions",
+    "lanes": "lanes",
+    "deliveries": "waiting deliveries",
+    "dead_letters": "dead letters",
+}
 
 
 def _guarded(section: Section, what: str, check: Callable[[], int | None]) -> int | None:

@@ -17,11 +17,11 @@ from eventbus.stores._sqlite_commit import BUMP, HEAD
 from eventbus.stores._sqlite_insert import execute_rows, insert_events
 from eventbus.stores._sqlite_members import Lives, beat, claim, mark, release
 from eventbus.stores._sqlite_prune import prune
-from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, subscriptions
+from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, subscriptions, waiting_rows
 from eventbus.stores._sqlite_register import Registering
 from eventbus.stores._sqlite_revive import revive
 from eventbus.stores._sqlite_rows import EventRow, event_json, one, record_of, to_micros
-from eventbus.stores._sqlite_units import FREE, write_lanes
+from eventbus.stores._sqlite_units import free_parked, write_lanes, write_paused, write_subscription, write_waiting
 from eventbus.stores.base import (
     Beat,
     Cancel,
@@ -102,42 +102,45 @@ class Commands:
     def pause(self, command: Pause) -> None:
         """See `Pause`."""
         resumed = command.reason is None
-        self._change(
-            "UPDATE subscriptions SET paused = ?, paused_at = ? WHERE name = ?",
-            (command.reason, None if resumed else to_micros(self._now), command.subscription),
-        )
+        if not write_paused(self._connection, command.subscription, command.reason, self._now):
+            raise self._unknown(command.subscription)
         if resumed:
-            self._connection.execute(
-                "UPDATE deliveries SET attempt = 0, due_at = ? WHERE subscription = ? AND state <> 'parked'",
-                (to_micros(self._now), command.subscription),
-            )
+            rows = {
+                (row.subscription, row.waiting.position): (
+                    row.lane,
+                    msgspec.structs.replace(row.waiting, attempt=0, due_at=self._now),
+                )
+                for row in waiting_rows(self._connection, command.subscription)
+                if row.waiting.state != "parked"
+            }
+            write_waiting(self._connection, rows)
             waiting = [state for state in lanes(self._connection, command.subscription) if state.attempt or state.due_at]
             write_lanes(self._connection, [_fresh(state) for state in waiting])
 
     def unsubscribe(self, command: Unsubscribe) -> None:
         """See `Unsubscribe`."""
         name = (command.subscription,)
-        self._change("DELETE FROM subscriptions WHERE name = ?", name)
+        if not self._connection.execute("DELETE FROM subscriptions WHERE name = ?", name).rowcount:
+            raise self._unknown(command.subscription)
         self._connection.execute("DELETE FROM lanes WHERE subscription = ?", name)
         self._connection.execute("DELETE FROM deliveries WHERE subscription = ?", name)
         self._connection.execute("DELETE FROM marks WHERE subscription = ?", name)
 
-    def _change(self, text: str, parameters: tuple[object, ...]) -> None:
-        """A statement that changes the row of a subscription, named by its last parameter."""
-        if not self._connection.execute(text, parameters).rowcount:
-            known = ", ".join(repr(subscribed.name) for subscribed in subscriptions(self._connection))
-            raise UnknownSubscription(f"no subscription {parameters[-1]!r} is stored; stored are: {known or 'none'}")
+    def _unknown(self, name: str) -> UnknownSubscription:
+        known = ", ".join(repr(subscribed.name) for subscribed in subscriptions(self._connection))
+        return UnknownSubscription(f"no subscription {name!r} is stored; stored are: {known or 'none'}")
 
     # -------------------------------------------------------------- lanes
 
     def rewind(self, command: Rewind) -> tuple[LaneState, ...]:
         """See `Rewind`."""
         name, after = command.subscription, command.after
-        stored = [each for each in subscriptions(self._connection) if each.name == name]
-        starts = stored[0].since if stored else {}
-        since = {pattern: min(start, after) for pattern, start in starts.items()}
-        floors = [floor.down_to(after) for subscribed in stored for floor in subscribed.floors]
-        self._change("UPDATE subscriptions SET since = ?, floors = ? WHERE name = ?", (_json(since), _json(floors), name))
+        stored = next((each for each in subscriptions(self._connection) if each.name == name), None)
+        if stored is None:
+            raise self._unknown(name)
+        since = {pattern: min(start, after) for pattern, start in stored.since.items()}
+        floors = tuple(floor.down_to(after) for floor in stored.floors)
+        write_subscription(self._connection, msgspec.structs.replace(stored, since=since, floors=floors))
         self._connection.execute("DELETE FROM deliveries WHERE subscription = ? AND position > ?", (name, after))
         self._connection.execute(
             "DELETE FROM dead_letters WHERE subscription = ? AND position > ? "
@@ -215,9 +218,8 @@ class Commands:
     def discard(self, command: Discard) -> int:
         """See `Discard`."""
         condition, values = dead_letter_condition(command.filter)
-        values["now"] = to_micros(self._now)
         ended = f"(subscription, position) IN (SELECT e.subscription, e.position FROM dead_letters e WHERE {condition})"
-        self._connection.execute(f"{FREE} due_at = :now WHERE state = 'parked' AND {ended}", values)
+        free_parked(self._connection, ended, values, self._now)
         return self._connection.execute(f"DELETE FROM dead_letters AS e WHERE {condition}", values).rowcount
 
     # -------------------------------------------------------------- the rest

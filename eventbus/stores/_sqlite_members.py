@@ -15,7 +15,7 @@ from collections.abc import Callable
 import msgspec
 
 from eventbus.stores._sqlite_commit import BUMP
-from eventbus.stores._sqlite_read import lanes, owners
+from eventbus.stores._sqlite_read import lanes, owners, subscriptions
 from eventbus.stores._sqlite_rows import one, to_micros
 from eventbus.stores._sqlite_units import write_lanes
 from eventbus.stores.base import Beat, Claim, LaneState, Marking, Release
@@ -37,15 +37,17 @@ def beat(connection: Connection, command: Beat, now: float, lives: Lives) -> boo
     """See `Beat`. `lives` tells whether an instance holds its lock, None where that cannot be told."""
     who = command.instance
     if command.leaving:
-        _leave(connection, who.id)
+        _acquit(connection, who.id)
         _remove(connection, [who.id])
         return True
     rows = one(connection, _MEMBERS, (), _MEMBER_ROWS, "instances")
     own = next((row for row in rows if row[0] == who.id), None)
-    dead = [row[0] for row in rows if row[0] != who.id and not _is_alive(row, command.monotonic, lives)]
-    if dead:
-        _suspect(connection, dead)
-        _remove(connection, dead)
+    gone = [row for row in rows if row[0] != who.id and not _is_alive(row, command.monotonic, lives)]
+    if gone:
+        _suspect(connection, [row[0] for row in gone if _has_died(row, lives)])
+        for row in gone:
+            _acquit(connection, row[0])
+        _remove(connection, [row[0] for row in gone])
     serves, holds = (msgspec.json.encode(value, order="sorted").decode() for value in (command.serves, command.holds))
     connection.execute(
         "INSERT INTO instances (id, name, host, pid, started, seen, boot, deadline, serves, holds, pinned) "
@@ -66,6 +68,13 @@ def _is_alive(row: _MemberRow, monotonic: float, lives: Lives) -> bool:
     return started_in == boot() and deadline > monotonic and lives(id) is not False
 
 
+def _has_died(row: _MemberRow, lives: Lives) -> bool:
+    """Whether the process of an instance that is not alive has ended: it is not stopped, or hangs, past its lease, nor was the
+    machine started anew. Where nobody can tell, the end of the lease stands for it."""
+    id, started_in, *_ = row
+    return started_in == boot() and lives(id) is not True
+
+
 def _remove(connection: Connection, instances: list[str]) -> None:
     ids = (msgspec.json.encode(instances).decode(),)
     connection.execute("DELETE FROM instances WHERE id IN (SELECT value FROM json_each(?))", ids)
@@ -77,7 +86,6 @@ _MemberRow = tuple[str, str, float, str, str]
 _MEMBERS = "SELECT CAST(json_group_array(json_array(id, boot, deadline, serves, holds)) AS BLOB) FROM instances"
 _MEMBER_ROWS = msgspec.json.Decoder(list[_MemberRow])
 _IDS = msgspec.json.Decoder(list[str])
-_GENERATIONS = msgspec.json.Decoder(list[tuple[str, int]])
 
 
 def claim(connection: Connection, command: Claim) -> tuple[LaneState | None, ...]:
@@ -87,7 +95,7 @@ def claim(connection: Connection, command: Claim) -> tuple[LaneState | None, ...
     alive = set(one(connection, "SELECT CAST(json_group_array(id) AS BLOB) FROM instances", (), _IDS, "instances"))
     alive.discard(command.instance)
     taken = {(each.subscription, each.lane) for each in owners(connection, wanted) if each.owner in alive}
-    generations = dict(one(connection, _GENERATION, (), _GENERATIONS, "subscriptions"))
+    generations = {each.name: each.generation for each in subscriptions(connection)}
     results: list[LaneState | None] = []
     for subscription, lane, start in command.lanes:
         generation = generations.get(subscription, 0)
@@ -100,9 +108,6 @@ def claim(connection: Connection, command: Claim) -> tuple[LaneState | None, ...
     if claimed:
         write_lanes(connection, claimed, command.instance)
     return tuple(results)
-
-
-_GENERATION = "SELECT CAST(json_group_array(json_array(name, generation)) AS BLOB) FROM subscriptions"
 
 
 def first_epoch(generation: int) -> int:
@@ -133,8 +138,8 @@ def fence(connection: Connection, subscription: str, instance: str) -> None:
 # ------------------------------------------------------------------ probation
 
 
-def _leave(connection: Connection, instance: str) -> None:
-    """What an instance that ends of its own accord had under way is no more suspicious than before."""
+def _acquit(connection: Connection, instance: str) -> None:
+    """What an instance had under way that has left, or has not died, is no more suspicious than before."""
     connection.execute("DELETE FROM marks WHERE instance = ? AND suspect = 0", (instance,))
     connection.execute("UPDATE marks SET instance = NULL, alone = 0 WHERE instance = ?", (instance,))
 

@@ -312,11 +312,28 @@ def lanes(connection: Connection, subscription: str | None) -> tuple[LaneState, 
 
 
 def waiting_rows(connection: Connection, subscription: str | None, state: str | None = None) -> tuple[WaitingRow, ...]:
-    """The waiting deliveries of all subscriptions, or of one, by position."""
-    of_one = "true" if subscription is None else "subscription = :name"
-    source = f"FROM deliveries WHERE {of_one} AND {'true' if state is None else 'state = :state'}"
-    found = ask(connection, WAITING_JSON, source, {"name": subscription, "state": state}, WAITING_ROWS, waiting_of)
+    """The waiting deliveries of all subscriptions, or of one, by position. Raises StoreCorrupt if one of them was damaged, or one
+    that is no known subscription's: its name may be what is damaged."""
+    if subscription is None:
+        source = "FROM deliveries"
+    elif state is not None:
+        source = "FROM deliveries WHERE subscription = :name"
+    else:
+        source = _ROWS_OF_ONE
+    if state is not None:
+        source += f" {'WHERE' if subscription is None else 'AND'} state = :state"
+    rows = ask(connection, WAITING_JSON, source, {"name": subscription, "state": state}, WAITING_ROWS, waiting_of)
+    found = [row for row in rows if subscription is None or row.subscription == subscription]
     return tuple(sorted(found, key=lambda row: (row.waiting.position, row.subscription)))
+
+
+_ROWS_OF_ONE = (
+    "FROM (WITH RECURSIVE n(name) AS (SELECT min(subscription) FROM deliveries UNION ALL "  # a skip-scan, see `types`
+    "SELECT (SELECT min(subscription) FROM deliveries WHERE subscription > n.name) FROM n WHERE n.name IS NOT NULL) "
+    "SELECT * FROM deliveries WHERE subscription = :name UNION ALL "
+    "SELECT d.* FROM n CROSS JOIN deliveries d ON d.subscription = n.name WHERE n.name NOT IN (SELECT name FROM subscriptions)"
+    " AND n.name <> :name)"
+)
 
 
 # ------------------------------------------------------------------ instances

@@ -18,7 +18,7 @@ from eventbus.stores._sqlite_commit import BUMP, HEAD
 from eventbus.stores._sqlite_members import fence, first_epoch
 from eventbus.stores._sqlite_read import changes, lanes, members, position_before, subscriptions, types, waiting_rows
 from eventbus.stores._sqlite_rows import one, to_micros
-from eventbus.stores._sqlite_units import write_lanes
+from eventbus.stores._sqlite_units import write_lanes, write_subscription
 from eventbus.stores.base import (
     Floor,
     LaneState,
@@ -52,7 +52,7 @@ class Registering:
             known = stored.get(wanted.name)
             subscribed = self._add(wanted) if known is None else self._update(known, wanted)
             if subscribed != known:
-                self._write(subscribed)
+                write_subscription(self._connection, subscribed)
                 self._connection.execute(BUMP)
             stored[wanted.name] = subscribed
             standing.append(subscribed)
@@ -132,29 +132,6 @@ class Registering:
                 "letters, and drain it"
             )
 
-    # -------------------------------------------------------------- write
-
-    def _write(self, subscribed: Subscribed) -> None:
-        values: Mapping[str, object] = {
-            "name": subscribed.name,
-            "types": _json(subscribed.types),
-            "since": _json(subscribed.since),
-            "order": subscribed.order,
-            "concurrency": subscribed.concurrency,
-            "generation": subscribed.generation,
-            "created_at": subscribed.created_at,
-            "derived": _json(subscribed.derived),
-            "floors": _json(subscribed.floors),
-        }
-        self._connection.execute(
-            'INSERT INTO subscriptions (name, types, since, "order", concurrency, generation, created_at, derived, floors) '
-            "VALUES (:name, :types, :since, :order, :concurrency, :generation, :created_at, :derived, :floors) "
-            'ON CONFLICT (name) DO UPDATE SET types = excluded.types, since = excluded.since, "order" = excluded."order", '
-            "concurrency = excluded.concurrency, generation = excluded.generation, derived = excluded.derived, "
-            "floors = excluded.floors",
-            values,
-        )
-
 
 def lanes_of(connection: Connection, subscribed: Subscribed) -> Iterable[str]:
     """Names of the lanes of a subscription; of order "type": those of which something is in the log."""
@@ -163,10 +140,6 @@ def lanes_of(connection: Connection, subscribed: Subscribed) -> Iterable[str]:
     if subscribed.order != "type":
         return [""]
     return [type for type in types(connection) if since_of(subscribed.since, type) is not None]
-
-
-def _json(value: object) -> str:
-    return msgspec.json.encode(value).decode()
 
 
 def _together(types: tuple[str, ...], served: Iterable[Serves], known: Subscribed) -> tuple[str, ...]:

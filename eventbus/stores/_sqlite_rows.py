@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -58,10 +58,6 @@ def to_micros(seconds: float) -> float:
 
 def _seconds(value: int | None) -> float | None:
     return None if value is None else value / 1e6
-
-
-def _kept(seconds: float | None) -> float | None:
-    return None if seconds is None else to_micros(seconds)
 
 
 def decode(raw: bytes, decoder: msgspec.json.Decoder[list[T]], what: str) -> list[T]:
@@ -139,14 +135,15 @@ LANE_ROWS = msgspec.json.Decoder(list[LaneRow])
 _POSITIONS = msgspec.json.Decoder(tuple[int, ...])
 
 
-def _lane_crc(row: tuple[object, ...]) -> int:
+def _crc(row: tuple[object, ...]) -> int:
+    """The checksum of a row: of its values as they stand in its JSON, without itself."""
     return zlib.crc32("|".join(map(str, row)).encode())
 
 
 def lane_of(row: LaneRow) -> LaneState:
     """A lane from its row. Raises StoreCorrupt if its checksum does not fit: a wrong checkpoint would skip events."""
     subscription, lane, epoch, checkpoint, done, attempt, due_at, first_failed_at, error, crc = row
-    if _lane_crc(row[:-1]) != crc:
+    if _crc(row[:-1]) != crc:
         raise StoreCorrupt(
             f"lane {lane!r} of subscription {subscription!r} does not match its checksum: its row in `lanes` was damaged, or "
             "changed by hand; rewind the subscription, or remove the row to begin again"
@@ -163,40 +160,47 @@ def lane_values(state: LaneState, owner: str | None) -> tuple[Value, ...]:
     due_at = None if state.due_at is None else micros(state.due_at)
     first = None if state.first_failed_at is None else micros(state.first_failed_at)
     key = (state.subscription, state.lane)
-    crc = _lane_crc((*key, state.epoch, state.checkpoint, done, state.attempt, due_at, first, state.error))
+    crc = _crc((*key, state.epoch, state.checkpoint, done, state.attempt, due_at, first, state.error))
     times = (_seconds(due_at), _seconds(first))
     return (*key, owner, state.epoch, state.checkpoint, done, state.attempt, *times, state.error, crc)
 
 
 # ------------------------------------------------------------------ waiting deliveries
 
-UPSERT_WAITING = "INSERT INTO deliveries (subscription, position, lane, key, state, attempt, due_at, first_failed_at, error)"
+UPSERT_WAITING = "INSERT INTO deliveries (subscription, position, lane, key, state, attempt, due_at, first_failed_at, error, crc)"
 ON_WAITING = (
     "ON CONFLICT (subscription, position) DO UPDATE SET lane = excluded.lane, key = excluded.key, state = excluded.state, "
-    "attempt = excluded.attempt, due_at = excluded.due_at, first_failed_at = excluded.first_failed_at, error = excluded.error"
+    "attempt = excluded.attempt, due_at = excluded.due_at, first_failed_at = excluded.first_failed_at, error = excluded.error, "
+    "crc = excluded.crc"
 )
 WAITING_JSON = (
-    f"json_array(subscription, position, lane, key, state, attempt, {_micros('due_at')}, {_micros('first_failed_at')}, error)"
+    "json_array(subscription, position, lane, key, state, attempt, "
+    f"{_micros('due_at')}, {_micros('first_failed_at')}, error, crc)"
 )
-WaitingValues = tuple[str, int, str, str | None, WaitingState, int, int, int | None, str | None]
+WaitingValues = tuple[str, int, str, str | None, str, int, int, int | None, str | None, int]
 WAITING_ROWS = msgspec.json.Decoder(list[WaitingValues])
 
 
 def waiting_of(row: WaitingValues) -> WaitingRow:
-    """A waiting delivery from its row."""
-    subscription, position, lane, key, state, attempt, due_at, first_failed_at, error = row
+    """A waiting delivery from its row. Raises StoreCorrupt if its checksum does not fit: an event would be passed by."""
+    subscription, position, lane, key, state, attempt, due_at, first_failed_at, error, crc = row
+    if _crc(row[:-1]) != crc:
+        raise StoreCorrupt(
+            f"the waiting delivery of position {position} to subscription {subscription!r} does not match its checksum: its row "
+            "in `deliveries` was damaged, or changed by hand; rewind the subscription to before it (on a bus opened with "
+            "dispatch=False), or remove the row and replay the event"
+        )
+    state = cast("WaitingState", state)
     waiting = Waiting(position, key, attempt, due_at / 1e6, state, _seconds(first_failed_at), error)
     return WaitingRow(subscription, lane, waiting)
 
 
 def waiting_values(subscription: str, lane: str, waiting: Waiting) -> tuple[Value, ...]:
     """The values of a waiting delivery's row."""
-    first = _kept(waiting.first_failed_at)
-    due_at = to_micros(waiting.due_at)
-    return (
-        *(subscription, waiting.position, lane, waiting.key, waiting.state),
-        *(waiting.attempt, due_at, first, waiting.error),
-    )
+    due_at = micros(waiting.due_at)
+    first = None if waiting.first_failed_at is None else micros(waiting.first_failed_at)
+    begin = (subscription, waiting.position, lane, waiting.key, waiting.state, waiting.attempt)
+    return (*begin, due_at / 1e6, _seconds(first), waiting.error, _crc((*begin, due_at, first, waiting.error)))
 
 
 # ------------------------------------------------------------------ dead letters
@@ -219,19 +223,55 @@ def dead_letter_of(row: DeadRow) -> DeadLetterRow:
 # ------------------------------------------------------------------ subscriptions
 
 SUBSCRIPTION_JSON = (
-    f'json_array(name, json(types), json(since), "order", concurrency, paused, {_micros("paused_at")}, {_micros("created_at")}, '
-    "json(derived), generation, json(floors))"
+    'json_array(name, types, since, "order", concurrency, generation, paused, '
+    f"{_micros('paused_at')}, {_micros('created_at')}, derived, floors, crc)"
 )
-_Types = tuple[str, ...]
-SubscriptionRow = tuple[str, _Types, dict[str, int], Order, int, str | None, int | None, int, _Types, int, tuple[Floor, ...]]
+SubscriptionRow = tuple[str, str, str, str, int, int, str | None, int | None, int, str, str, int]
 SUBSCRIPTION_ROWS = msgspec.json.Decoder(list[SubscriptionRow])
+_TYPES = msgspec.json.Decoder(tuple[str, ...])
+_SINCE = msgspec.json.Decoder(dict[str, int])
+_FLOORS = msgspec.json.Decoder(tuple[Floor, ...])
+
+UPSERT_SUBSCRIPTION = (
+    'INSERT INTO subscriptions (name, types, since, "order", concurrency, generation, paused, paused_at, created_at, derived, '
+    "floors, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+    'ON CONFLICT (name) DO UPDATE SET types = excluded.types, since = excluded.since, "order" = excluded."order", '
+    "concurrency = excluded.concurrency, generation = excluded.generation, paused = excluded.paused, "
+    "paused_at = excluded.paused_at, created_at = excluded.created_at, derived = excluded.derived, floors = excluded.floors, "
+    "crc = excluded.crc"
+)
 
 
 def subscribed_of(row: SubscriptionRow) -> Subscribed:
-    """A subscription from its row."""
-    name, types, since, order, concurrency, paused, paused_at, created_at, derived, generation, floors = row
-    times = (_seconds(paused_at), created_at / 1e6)
-    return Subscribed(name, types, since, order, concurrency, paused, *times, derived, generation, floors)
+    """A subscription from its row. Raises StoreCorrupt if its checksum does not fit: events would be passed by."""
+    name, types, since, order, concurrency, generation, paused, paused_at, created_at, derived, floors, crc = row
+    if _crc(row[:-1]) != crc:
+        raise StoreCorrupt(
+            f"subscription {name!r} does not match its checksum: its row in `subscriptions` was damaged, or changed by hand; "
+            "restore a copy of the file. Without the row the subscription would begin anew"
+        )
+    return Subscribed(
+        name,
+        _TYPES.decode(types),
+        _SINCE.decode(since),
+        cast("Order", order),
+        concurrency,
+        paused,
+        _seconds(paused_at),
+        created_at / 1e6,
+        _TYPES.decode(derived),
+        generation,
+        _FLOORS.decode(floors),
+    )
+
+
+def subscription_values(it: Subscribed) -> tuple[Value, ...]:
+    """The values of a subscription's row."""
+    types, since, derived, floors = (msgspec.json.encode(value).decode() for value in (it.types, it.since, it.derived, it.floors))
+    paused_at = None if it.paused_at is None else micros(it.paused_at)
+    begin, created_at = (it.name, types, since, it.order, it.concurrency, it.generation, it.paused), micros(it.created_at)
+    crc = _crc((*begin, paused_at, created_at, derived, floors))
+    return (*begin, _seconds(paused_at), created_at / 1e6, derived, floors, crc)
 
 
 # ------------------------------------------------------------------ instances
@@ -270,3 +310,12 @@ def ask(
 ) -> list[R]:
     """Every row of `source`, made into what it stands for."""
     return [make(row) for row in one(connection, collect(json, source), parameters, decoder, source)]
+
+
+def give_checksums(connection: sqlite3.Connection) -> None:
+    """Checksums for the rows of the tables that had none in version 1, as they stand."""
+    for row in one(connection, collect(SUBSCRIPTION_JSON, "FROM subscriptions"), (), SUBSCRIPTION_ROWS, "subscriptions"):
+        connection.execute("UPDATE subscriptions SET crc = ? WHERE name = ?", (_crc(row[:-1]), row[0]))
+    for waiting in one(connection, collect(WAITING_JSON, "FROM deliveries"), (), WAITING_ROWS, "deliveries"):
+        values = (_crc(waiting[:-1]), *waiting[:2])
+        connection.execute("UPDATE deliveries SET crc = ? WHERE subscription = ? AND position = ?", values)

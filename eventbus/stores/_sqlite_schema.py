@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from eventbus.errors import StoreTooNew, StoreUnavailable
 from eventbus.stores._sqlite_connection import transaction
+from eventbus.stores._sqlite_rows import give_checksums
 
 if TYPE_CHECKING:
     import sqlite3
@@ -148,6 +149,8 @@ _SHARED = (
 ) STRICT, WITHOUT ROWID""",
     "ALTER TABLE subscriptions ADD COLUMN floors TEXT NOT NULL DEFAULT '[]'",  # JSON: what earlier generations had settled
     "ALTER TABLE log_state ADD COLUMN changes INTEGER NOT NULL DEFAULT 1",  # one more with each change that all are to notice
+    "ALTER TABLE subscriptions ADD COLUMN crc INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE deliveries ADD COLUMN crc INTEGER NOT NULL DEFAULT 0",
     # Generations come from that counter from now on, so that none comes twice, and epochs begin anew with each.
     "UPDATE log_state SET changes = 1 + coalesce((SELECT max(generation) FROM subscriptions), 0)",
 )
@@ -181,6 +184,7 @@ def _migrations() -> Migrations:
     def shared(db: Database) -> None:
         for statement in _SHARED:
             db.execute(statement)
+        give_checksums(db.conn)
 
     return migrations
 

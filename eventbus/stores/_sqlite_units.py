@@ -12,22 +12,31 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+import msgspec
+
 from eventbus.errors import IdempotencyConflict
 from eventbus.stores._sqlite_commit import BUMP, Entering, Found, LaneKey
 from eventbus.stores._sqlite_insert import execute_rows
+from eventbus.stores._sqlite_read import subscriptions
 from eventbus.stores._sqlite_rows import (
     EVENT_COLUMNS,
     KEEP_OWNER,
     NEW_OWNER,
     ON_WAITING,
     UPSERT_LANES,
+    UPSERT_SUBSCRIPTION,
     UPSERT_WAITING,
+    WAITING_JSON,
+    WAITING_ROWS,
     Value,
+    ask,
     lane_values,
+    subscription_values,
     to_micros,
+    waiting_of,
     waiting_values,
 )
-from eventbus.stores.base import Death, LaneState, Refusal, Unit, Waiting
+from eventbus.stores.base import Death, LaneState, Refusal, Subscribed, Unit, Waiting
 
 _Kind = Literal["died", "died again", "handled", "retried"]
 
@@ -161,9 +170,7 @@ class Outcomes:
         if self._freed:
             _free_rows(connection, self._freed, self._now)
         for name, reason in self._paused.items():
-            connection.execute(
-                "UPDATE subscriptions SET paused = ?, paused_at = ? WHERE name = ?", (reason, to_micros(self._now), name)
-            )
+            write_paused(connection, name, reason, self._now)
         if self._paused:
             connection.execute(BUMP)
 
@@ -186,14 +193,40 @@ def _remove_rows(connection: sqlite3.Connection, keys: Iterable[tuple[str, int]]
         execute_rows(connection, head, [(position,) for _, position in group], ")", first=(name,))
 
 
-FREE = "UPDATE deliveries SET state = 'freed', attempt = 0, first_failed_at = NULL, error = NULL,"
-"""What becomes of a parked row when its dead letter goes, whoever ends that; `due_at` follows."""
+def free_parked(connection: sqlite3.Connection, of: str, values: Mapping[str, object], now: float) -> None:
+    """Free the parked rows, of which dead letters are gone, or going: `of` is the condition that says which."""
+    source = f"FROM deliveries WHERE state = 'parked' AND {of}"
+    rows = ask(connection, WAITING_JSON, source, values, WAITING_ROWS, waiting_of)
+    freed = {
+        (row.subscription, row.waiting.position): (row.lane, Waiting(row.waiting.position, row.waiting.key, 0, now, "freed"))
+        for row in rows
+    }
+    write_waiting(connection, freed)
 
 
 def _free_rows(connection: sqlite3.Connection, keys: Iterable[tuple[str, int]], now: float) -> None:
-    head = f"{FREE} due_at = ? WHERE state = 'parked' AND subscription = ? AND position IN ("
+    of = "subscription = :name AND position IN (SELECT value FROM json_each(:positions))"
     for name, group in itertools.groupby(sorted(keys), key=lambda key: key[0]):
-        execute_rows(connection, head, [(position,) for _, position in group], ")", first=(to_micros(now), name))
+        positions = msgspec.json.encode([position for _, position in group]).decode()
+        free_parked(connection, of, {"name": name, "positions": positions}, now)
+
+
+# ------------------------------------------------------------------ subscriptions
+
+
+def write_subscription(connection: sqlite3.Connection, subscribed: Subscribed) -> None:
+    """Write the row of a subscription as a whole."""
+    connection.execute(UPSERT_SUBSCRIPTION, subscription_values(subscribed))
+
+
+def write_paused(connection: sqlite3.Connection, name: str, reason: str | None, now: float) -> bool:
+    """Pause a subscription, or, without a reason, resume it; whether it is stored."""
+    for subscribed in subscriptions(connection):
+        if subscribed.name == name:
+            since = None if reason is None else now
+            write_subscription(connection, msgspec.structs.replace(subscribed, paused=reason, paused_at=since))
+            return True
+    return False
 
 
 # ------------------------------------------------------------------ dead letters

@@ -164,7 +164,9 @@ class Marking(Command[None], frozen=True):
     """Lanes whose owner has died are on probation: note what an instance begins in them, and what is over.
 
     What an instance has begun when it is found dead (see `Beat`) is suspected from then on; if it was alone, it is charged
-    with the death as well. See `Suspicions`. An instance that leaves takes its marks along, but for what was suspected before.
+    with the death as well. See `Suspicions`. An instance that leaves takes its marks along, but for what was suspected before;
+    and so does one whose lease has ended while the store knows that its process lives, stopped perhaps or hanging, and one of
+    another start of the machine: neither has died of an event.
 
     Attributes:
         begun: marks that are added. over: … that are removed. cleared: lanes that are not on probation any more, by subscription

@@ -12,7 +12,7 @@ import os
 import pathlib
 import sqlite3
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -24,7 +24,21 @@ from eventbus.stores._sqlite_file import NETWORK_FILE_SYSTEMS, file_system_of
 from eventbus.stores._sqlite_locks import flock_of, is_locked, lives_in
 from eventbus.stores._sqlite_members import boot
 from eventbus.stores._sqlite_read import answer
-from eventbus.stores._sqlite_rows import EVENT_ROWS, LANE_JSON, LANE_ROWS, ask, event_json, lane_of, record_of
+from eventbus.stores._sqlite_rows import (
+    EVENT_ROWS,
+    LANE_JSON,
+    LANE_ROWS,
+    SUBSCRIPTION_JSON,
+    SUBSCRIPTION_ROWS,
+    WAITING_JSON,
+    WAITING_ROWS,
+    ask,
+    event_json,
+    lane_of,
+    record_of,
+    subscribed_of,
+    waiting_of,
+)
 from eventbus.stores._sqlite_schema import APPLICATION_ID, VERSION, version_of
 from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, Events, EventsAt, Query, Record
 
@@ -47,6 +61,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Sequence[object])
 
 PAGE = 500
 """Rows that are checked at once; between them a WAL checkpoint can go on."""
@@ -237,13 +252,26 @@ class Inspection:
 
     def damaged_lanes(self) -> tuple[int, list[Damage]]:
         """All lanes: how many, and which do not match their checksums."""
-        rows = self._translated(lambda: ask(self._connection, LANE_JSON, "FROM lanes", (), LANE_ROWS, lambda row: row))
+        return self._damaged_rows("lanes", LANE_JSON, LANE_ROWS, lane_of, "subscription {0!r}, lane {1!r}")
+
+    def damaged_subscriptions(self) -> tuple[int, list[Damage]]:
+        """All subscriptions: how many, and which do not match their checksums."""
+        return self._damaged_rows("subscriptions", SUBSCRIPTION_JSON, SUBSCRIPTION_ROWS, subscribed_of, "subscription {0!r}")
+
+    def damaged_deliveries(self) -> tuple[int, list[Damage]]:
+        """All waiting deliveries: how many, and which do not match their checksums."""
+        return self._damaged_rows("deliveries", WAITING_JSON, WAITING_ROWS, waiting_of, "subscription {0!r}, position {1}")
+
+    def _damaged_rows(
+        self, table: str, json: str, decoder: msgspec.json.Decoder[list[R]], make: Callable[[R], object], where: str
+    ) -> tuple[int, list[Damage]]:
+        rows = self._translated(lambda: ask(self._connection, json, f"FROM {table}", (), decoder, lambda row: row))
         found = []
         for row in rows:
             try:
-                lane_of(row)
+                make(row)
             except StoreCorrupt as error:
-                found.append(Damage("lanes", f"subscription {row[0]!r}, lane {row[1]!r}", str(error)))
+                found.append(Damage(table, where.format(*row), str(error)))
         return len(rows), found
 
     def damaged_dead_letters(self) -> tuple[int, list[Damage]]:

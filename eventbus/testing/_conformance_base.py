@@ -98,6 +98,8 @@ class ConformanceBase:
 
     persistent: ClassVar[bool] = True
     """Whether what was committed is there when the store is opened again."""
+    tells_deaths: ClassVar[bool] = True
+    """Whether the store can tell who has died from whose lease has ended."""
 
     def make_store(self, directory: Path) -> Store:
         """A store that is not open, which keeps its things in or under `directory`; each call with the same directory gives a

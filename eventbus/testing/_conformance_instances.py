@@ -37,16 +37,18 @@ from eventbus.testing._conformance_base import INSTANCE, NOW, OTHER, Conformance
 class Shared(ConformanceBase):
     """Another instance that is alive."""
 
+    _second: Store | None = None
+
     @pytest.fixture(autouse=True)
     def another(self, store: Store, tmp_path: Path) -> Iterator[None]:
         """Where instances may share a store, it is open a second time, so that the other is not known to be dead."""
         if not store.features.shared:
             yield
             return
-        second = self.make_store(tmp_path)
-        second.open(OTHER)
+        self._second = self.make_store(tmp_path)
+        self._second.open(OTHER)
         yield
-        second.close()
+        self._second.close()
 
 
 class Generations(Shared):
@@ -250,13 +252,20 @@ class OnProbation(Shared):
     """Lanes whose owner has died."""
 
     def _dies(self, store: Store, *marks: Mark) -> tuple[Suspicion, ...]:
-        """Another instance owns the lane, has begun these, and its lease ends."""
+        """Another instance owns the lane, has begun these, and its process dies. Then there is another one of that name."""
+        self._works(store, *marks)
+        if self._second is not None:
+            self._second.close()  # where no store can tell, the end of the lease stands for the death
+        self.beat(store, INSTANCE, monotonic=106.0)
+        if self._second is not None:
+            self._second.open(OTHER)
+        return store.read(Suspicions())
+
+    def _works(self, store: Store, *marks: Mark) -> None:
         self.beat(store, OTHER, monotonic=100.0, lease=5.0)
         self.run(store, Claim(OTHER.id, (("mailer", "order.created", 0),)))
         if marks:
             self.run(store, Marking(OTHER.id, begun=marks))
-        self.beat(store, INSTANCE, monotonic=106.0)
-        return store.read(Suspicions())
 
     def test_a_death_raises_suspicion(self, store: Store) -> None:
         """The lanes of an instance that dies are on probation, with what it had marked; those of one that leaves are not."""
@@ -264,6 +273,26 @@ class OnProbation(Shared):
         assert self._dies(store) == (Suspicion("mailer", "order.created", 1),)
         mark = Mark("mailer", "order.created", 3)
         assert self._dies(store, mark) == (Suspicion("mailer", "order.created", 2, (Suspect(3, 0),)),)
+
+    def test_a_lease_that_has_ended_is_no_death(self, store: Store) -> None:
+        """An instance that is stopped, or hangs, loses its lanes when its lease has ended. It has not died: nothing is suspected,
+        and what was suspected before is charged with nothing."""
+        if self._second is None or not self.tells_deaths:
+            pytest.skip("this store cannot tell who has died")
+        self.register(store)
+        marks = (Mark("mailer", "order.created", 3, alone=True), Mark("mailer", "order.created", 4))
+        self._works(store, *marks)
+        self.beat(store, INSTANCE, monotonic=106.0)
+        assert [each.owner for each in store.read(Stand()).lanes] == [None]
+        assert store.read(Suspicions()) == ()
+        before = self._dies(store, *marks)
+        assert before == (Suspicion("mailer", "order.created", 1, (Suspect(3, 1), Suspect(4, 0))),)
+        self._works(store, *marks, Mark("mailer", "order.created", 5))
+        self.beat(store, INSTANCE, monotonic=106.0)
+        assert store.read(Suspicions()) == before
+        self._works(store)
+        self.run(store, Beat(OTHER, leaving=True))
+        assert store.read(Suspicions()) == before
 
     def test_what_is_over_is_not_suspected(self, store: Store) -> None:
         """A mark that was removed before the death is none."""

@@ -62,4 +62,6 @@ class StoreConformance(
     Attributes:
         persistent: whether what was committed is there when the store is opened again; set it to False for a store that
             keeps nothing.
+        tells_deaths: whether the store can tell an instance that has died from one whose lease has ended; of interest where
+            instances may share it. Set it to False where only leases tell.
     """

@@ -485,6 +485,33 @@ async def test_a_discarded_redrive_stays_discarded(db: str) -> None:
         assert await bus.dead_letters.list() == []
 
 
+@pytest.mark.parametrize("order", ["type", "key"])
+async def test_a_redrive_that_is_discarded_before_it_runs_does_not_run(db: str, order: Order) -> None:
+    """What waits behind another redrive and is discarded meanwhile is not delivered any more; `drain` does not wait for it."""
+    runs: list[int] = []
+    running, go_on = anyio.Event(), anyio.Event()
+
+    async def handle(sold: Sold, delivery: Delivery) -> None:
+        runs.append(sold.n)
+        if len(runs) <= 3:
+            raise Reject("not yet")
+        running.set()
+        await go_on.wait()
+
+    bus = bus_with(db, handle, order=order)
+    async with bus:
+        await bus.publish_many([Sold("k", n) for n in range(3)])
+        await bus.drain()
+        assert await bus.dead_letters.redrive(all=True) == 3
+        await running.wait()
+        later = [letter.id for letter in await bus.dead_letters.list()][1:]
+        assert await bus.dead_letters.discard(*later) == 2
+        go_on.set()
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
+    assert runs == [0, 1, 2, 0]
+
+
 async def test_redrives_of_a_paused_subscription_wait_for_its_resumption(db: str) -> None:
     """What is redriven while a subscription is paused is reported as left, and delivered when it is resumed."""
     switch = Switch(Reject("for now"))

@@ -158,6 +158,11 @@ class Members:
         with contextlib.closing(sqlite3.connect(self.database)) as connection:
             return int(connection.execute("SELECT count(*) FROM dead_letters").fetchone()[0])
 
+    def suspicions(self) -> list[tuple[str, int]]:
+        """Lanes on probation, with the deaths that they are suspected of."""
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            return connection.execute("SELECT lane, deaths FROM lanes WHERE deaths > 0").fetchall()
+
     def paid(self) -> list[tuple[int, str]]:
         """What the handlers' attempts have published, by whom, as it is in the file; nobody may have that open."""
         with contextlib.closing(sqlite3.connect(self.database)) as connection:

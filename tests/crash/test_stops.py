@@ -45,13 +45,15 @@ def test_a_process_that_is_stopped_in_a_handler(members: Members) -> None:
 
 
 def test_a_process_that_was_stopped_and_fails(members: Members) -> None:
-    """Its failure counts for nothing while another, to whom the lane has gone, is handling the event."""
+    """Its failure counts for nothing while another, to whom the lane has gone, is handling the event. It has not died, so the
+    lane is not on probation."""
     one = members.start("one", lease=0.5, fails=True)
     one.tell("freeze", "handler")
     one.tell("publish", 0, 1)
     members.wait_for("begun")
     two = members.start("two", lease=0.5, slow=1.0)
     members.wait_for("begun", who="two")
+    assert members.suspicions() == []
     os.kill(one.pid, signal.SIGCONT)
     members.wait_for("handled", who="two")
     two.tell("drain")

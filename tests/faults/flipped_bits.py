@@ -290,9 +290,26 @@ def put(path: Path, files: dict[str, bytes]) -> None:
         Path(f"{path}{suffix}").write_bytes(data)
 
 
-def damaged(files: dict[str, bytes], chance: random.Random) -> tuple[dict[str, bytes], list[tuple[str, int]]]:
-    """A copy with a bit flipped, or several, or some bytes in a row; and where."""
+def used(made: Original, table: str) -> list[int]:
+    """The bytes of the database in which a table's rows lie, and what says where."""
+    places = []
+    for page in (number for number, name in made.pages.items() if name == table):
+        start = (page - 1) * PAGE
+        cells, content = (int.from_bytes(made.files[""][start + at : start + at + 2], "big") for at in (3, 5))
+        places += [*range(start, start + 8 + 2 * cells), *range(start + content, start + PAGE)]
+    return places
+
+
+def damaged(
+    files: dict[str, bytes], chance: random.Random, among: Sequence[int] = ()
+) -> tuple[dict[str, bytes], list[tuple[str, int]]]:
+    """A copy with a bit flipped, or several, or some bytes in a row; and where. With places of the database given, a bit of
+    one of them."""
     image = {suffix: bytearray(data) for suffix, data in files.items()}
+    if among:
+        place = chance.choice(among)
+        image[""][place] ^= 1 << chance.randrange(8)
+        return {each: bytes(content) for each, content in image.items()}, [("", place)]
     suffixes = sorted(image)
     suffix = chance.choices(suffixes, [len(image[each]) for each in suffixes])[0]
     data = image[suffix]
@@ -340,8 +357,12 @@ def health_of(path: Path, files: dict[str, bytes]) -> str:
     return bytes(said).decode(errors="replace")
 
 
+SMALL = ("subscriptions", "lanes", "deliveries")
+"""Tables of few pages, of which each row decides on many events."""
+
+
 def case(seed: int, number: int, images: int = IMAGES) -> Case:
-    """Damage copies of one database."""
+    """Damage copies of one database anywhere; of one that was closed, each third where the rows of a small table lie."""
     chance = random.Random(f"{seed}-{number}")
     faults = []
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nothing here hangs on a sync
@@ -350,8 +371,10 @@ def case(seed: int, number: int, images: int = IMAGES) -> Case:
         folder = Path(temporary)
         try:
             made = original(folder, number, opener)
+            small = () if number % 2 else tuple(used(made, table) for table in SMALL)
             for image in range(images):
-                files, places = damaged(made.files, chance)
+                among = small[image // 3 % len(small)] if small and image % 3 == 0 else ()
+                files, places = damaged(made.files, chance, among)
                 inner = folder / "image"
                 inner.mkdir()
                 put(inner / "a.db", files)

@@ -11,6 +11,8 @@ checkpoints are those of the store, and the file format is one; how an older SQL
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import random
@@ -22,8 +24,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import attrs
+import pytest
 
 from eventbus.errors import EventBusError
+from eventbus.stores import _sqlite_ballast, _sqlite_wal
 from eventbus.stores.base import Events
 from eventbus.stores.sqlite import SQLiteStore
 from tests.campaign import Case
@@ -192,12 +196,21 @@ class Loss:
         return f"it holds {what}; it must be one from {least} to {most}"
 
 
+@contextlib.contextmanager
+def cheaper() -> Iterator[None]:
+    """Opening thousands of images takes less: their frames are mostly the same, and a ballast is no part of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sqlite_wal, "_checksum", functools.lru_cache(maxsize=2_000)(_sqlite_wal._checksum))
+        patch.setattr(_sqlite_ballast, "BYTES", 4_096)
+        yield
+
+
 def case(seed: int, number: int, recorder: Recorder) -> Case:
     """One program, and all its losses of power."""
     name = f"{seed}-{number}"
     durability: Literal["full", "fast"] = "fast" if number % 3 == 2 else "full"
     commits = COMMITS[number // 3 % len(COMMITS)]
-    with tempfile.TemporaryDirectory(prefix="eventbus-power-", dir=_MEMORY) as folder:
+    with tempfile.TemporaryDirectory(prefix="eventbus-power-", dir=_MEMORY) as folder, cheaper():
         inspector = Inspector(durability, Path(folder))
         loss = Loss(recorder, inspector, random.Random(name), name)
         loss.all({}, 0, commits)

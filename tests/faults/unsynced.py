@@ -25,14 +25,20 @@ class Placed:
     n: int
 
 
+@attrs.frozen
+class Sent:
+    n: int
+
+
 async def main(db: str) -> None:
     bus, seen, gate = EventBus(db), Recorder(), anyio.Event()
 
     @bus.subscribe(Placed, name="stock", retry=NO_RETRY)
-    async def handle(event: Placed) -> None:
+    async def handle(event: Placed) -> Sent:
         seen.add(event.n)
         if event.n == 1:
             await gate.wait()
+        return Sent(event.n)
 
     async with bus:
         await bus.publish(Placed(0))
@@ -53,6 +59,7 @@ async def main(db: str) -> None:
         stored = [envelope.event async for envelope in bus.history(Placed)]
         assert stored == [Placed(0), Placed(1), Placed(2), Placed(3)]
         assert seen.seen == [0, 1, 2, 3]
+        assert [envelope.event async for envelope in bus.history(Sent)] == [Sent(n) for n in seen.seen]
         assert await bus.dead_letters.list() == []
 
 

@@ -205,21 +205,18 @@ def _rewind(scene: Scene, command: Rewind) -> tuple[LaneState, ...]:
 def _beat(scene: Scene, command: Beat) -> bool:
     disk, id = scene.disk, command.instance.id
     if command.leaving:
-        for place, marked in list(disk.marks.items()):
-            if marked.by == id and not marked.suspect:
-                del disk.marks[place]
-            elif marked.by == id:
-                marked.by, marked.mark = None, msgspec.structs.replace(marked.mark, alone=False)
+        _acquit(disk, {id})
         _remove(disk, {id})
         return True
-    dead = {
+    gone = {
         other
         for other, each in disk.present.items()
         if other != id and (each.deadline <= command.monotonic or scene.lives(other) is False)
     }
-    if dead:
-        _suspect(disk, dead)
-        _remove(disk, dead)
+    if gone:
+        _suspect(disk, {other for other in gone if scene.lives(other) is not True})  # of the rest only the lease has ended
+        _acquit(disk, gone)
+        _remove(disk, gone)
     known = disk.present.get(id)
     member = Member(command.instance, scene.now, command.serves, command.holds)
     disk.present[id] = Present(member, command.monotonic + command.lease, command.pinned)
@@ -235,6 +232,14 @@ def _remove(disk: Disk, instances: set[str]) -> None:
         if lane.owner in instances:
             lane.owner = None
     disk.changes += 1
+
+
+def _acquit(disk: Disk, instances: set[str]) -> None:
+    for place, marked in list(disk.marks.items()):
+        if marked.by in instances and not marked.suspect:
+            del disk.marks[place]
+        elif marked.by in instances:
+            marked.by, marked.mark = None, msgspec.structs.replace(marked.mark, alone=False)
 
 
 def _suspect(disk: Disk, dead: set[str]) -> None:

@@ -23,18 +23,24 @@ from eventbus.stores.base import (
     Claim,
     DeadLetterFilter,
     DeadLetters,
+    Death,
+    Discard,
     Events,
     Lag,
     Lanes,
     LaneState,
     LogState,
+    Pause,
     Promote,
     Query,
     Register,
     Registration,
+    Rewind,
+    Stand,
     Subscriptions,
     Types,
     Unit,
+    Waiting,
     WaitingRows,
 )
 from eventbus.stores.sqlite import SQLiteStore
@@ -270,6 +276,85 @@ def test_a_damaged_lane(store: SQLiteStore, path: Path) -> None:
     with pytest.raises(StoreCorrupt, match="checksum"):
         store.commit(Batch(NOW, appends=[records(1)], units=[Unit("mailer", state.lane, 1, "log", 3, 3)]))
     assert store.read(LogState()).head == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "position = 3",
+        "lane = 'x'",
+        "key = 'x'",
+        "state = 'parked'",
+        "attempt = 7",
+        "due_at = due_at + 1",
+        "first_failed_at = 1",
+        "error = 'x'",
+        "crc = crc + 1",
+        "subscription = 'nobody'",
+    ],
+)
+def test_a_damaged_waiting_delivery(store: SQLiteStore, path: Path, change: str) -> None:
+    """A row that was damaged is told, also where it is not found under its subscription; to rewind to before it mends it."""
+    (state,) = lane(store)
+    waits = Waiting(2, "k", 1, NOW + 5, first_failed_at=NOW, error="RuntimeError: no")
+    store.commit(Batch(NOW, appends=[records(3)], units=[Unit("mailer", state.lane, state.epoch, "log", 2, 2, rows=(waits,))]))
+    (row,) = store.read(WaitingRows("mailer"))
+    assert row.waiting == waits
+    damage(path, f"UPDATE deliveries SET {change}")
+    for query in (WaitingRows(), WaitingRows("mailer")):
+        with pytest.raises(StoreCorrupt, match="checksum"):
+            store.read(query)
+    if "subscription" not in change:
+        store.commit(Batch(NOW, commands=[Rewind("mailer", 0)]))
+        assert store.read(WaitingRows()) == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "name = 'nailer'",
+        "types = '[\"a\"]'",
+        "types = '['",
+        "since = '{\"*\":4}'",
+        "derived = '[\"b\"]'",
+        "\"order\" = 'log'",
+        "concurrency = 3",
+        "generation = 9",
+        "paused = 'x'",
+        "paused_at = 1",
+        "created_at = 1",
+        "floors = ''",
+    ],
+)
+def test_a_damaged_subscription(store: SQLiteStore, path: Path, change: str) -> None:
+    """A row that was damaged is told wherever a subscription is asked for, and it is not written over."""
+    lane(store)
+    damage(path, f"UPDATE subscriptions SET {change}")
+    for query in (Subscriptions(), Stand()):
+        with pytest.raises(StoreCorrupt, match="checksum"):
+            store.read(query)
+    register = Register((Registration("mailer", ("*",), "key", 1024, "beginning"),))
+    for command in (register, Claim(INSTANCE.id, (("mailer", "0", 0),)), Pause("mailer", "why"), Rewind("mailer", 0)):
+        (result,) = store.commit(Batch(NOW, commands=[command])).results
+        assert isinstance(result, StoreCorrupt), command
+
+
+def test_rows_keep_their_checksums(store: SQLiteStore) -> None:
+    """Whatever changes a row of `subscriptions` or of `deliveries` writes its checksum, too."""
+    (state,) = lane(store)
+    parked, failing = Waiting(1, "a", 8, NOW, "parked", NOW, "x"), Waiting(2, "b", 1, NOW + 9, first_failed_at=NOW, error="x")
+    death = Death("X", "x", "", 8, NOW, NOW)
+    units = [
+        Unit("mailer", state.lane, state.epoch, "log", 1, 1, rows=(parked,), death=death),
+        Unit("mailer", state.lane, state.epoch, "log", 2, 2, rows=(failing,), pause="all fails"),
+    ]
+    store.commit(Batch(NOW, appends=[records(3)], units=units))
+    assert [each.paused for each in store.read(Subscriptions())] == ["all fails"]
+    store.commit(Batch(NOW + 1, commands=[Pause("mailer", None), Discard(DeadLetterFilter(subscription="mailer"))]))
+    assert [each.paused for each in store.read(Subscriptions())] == [None]
+    freed, again = (row.waiting for row in store.read(WaitingRows("mailer")))
+    assert freed == Waiting(1, "a", 0, NOW + 1, "freed")
+    assert again == msgspec.structs.replace(failing, attempt=0, due_at=NOW + 1)
 
 
 # ------------------------------------------------------------------ definite failures

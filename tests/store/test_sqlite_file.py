@@ -26,7 +26,7 @@ from eventbus.errors import (
     StoreUnsafe,
 )
 from eventbus.stores import _sqlite_connection, _sqlite_file
-from eventbus.stores.base import Batch, Instance, LogState, Register, Registration, Subscriptions
+from eventbus.stores.base import Batch, Instance, LogState, Register, Registration, Subscriptions, Waiting, WaitingRows
 from eventbus.stores.sqlite import SQLiteStore
 from eventbus.testing._conformance_base import INSTANCE, NOW, records
 
@@ -218,6 +218,7 @@ def test_a_file_of_the_first_version(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for statement in schema._FIRST:
         connection.execute(statement)
     connection.execute("INSERT INTO subscriptions VALUES ('mailer', '[\"a\"]', '{\"a\":0}', '[]', 'type', 1, 7, NULL, NULL, 5)")
+    connection.execute("INSERT INTO deliveries VALUES ('mailer', 3, 'a', 'k', 'retrying', 2, 7.25, 5.000001, 'no')")
     connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
     connection.execute("PRAGMA user_version = 1")
     connection.execute("CREATE TABLE _sqlite_migrations (migration_set TEXT, name TEXT, applied_at TEXT)")
@@ -226,6 +227,8 @@ def test_a_file_of_the_first_version(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with opened(tmp_path / "a.db") as store:
         (subscribed,) = store.read(Subscriptions())
         assert (subscribed.name, subscribed.generation, subscribed.floors) == ("mailer", 7, ())
+        (row,) = store.read(WaitingRows())
+        assert (row.lane, row.waiting) == ("a", Waiting(3, "k", 2, 7.25, "retrying", 5.000001, "no"))
         store.commit(Batch(NOW, commands=[Register((Registration("other", ("a",), "type", 1),))]))
         assert store.read(Subscriptions())[1].generation > 7
 
