@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(300)  # each wait has a patience of its own, and says what did not come
+
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import os, signal, sys
 import anyio, attrs
 from eventbus import Draft, EventBus, event
-
-pytestmark = pytest.mark.timeout(300)  # each wait has a patience of its own, and says what did not come
 
 DB, REPORT, ORDER, HOW, KILLERS = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], set(map(int, sys.argv[5].split(",")))
 out = os.open(REPORT, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
