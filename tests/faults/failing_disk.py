@@ -92,10 +92,17 @@ async def program(path: Path) -> dict[str, Any]:
     return said
 
 
+async def warm_up() -> None:
+    """Import and compile, once for all children, what the program needs."""
+    with tempfile.TemporaryDirectory(prefix="eventbus-failing-", dir=_MEMORY) as folder:
+        await program(Path(folder) / "warm.db")
+
+
 def serve() -> None:
     """For each line of the standard input, run the program in a process of its own, with a call that fails."""
     logging.disable()
     sqlite.WAL_PAGES = 30
+    anyio.run(warm_up)
     shim = ctypes.CDLL(None)
     for line in sys.stdin:
         path, number, ever = json.loads(line)
