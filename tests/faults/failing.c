@@ -12,15 +12,15 @@
 
 static char files[4096];
 static long calls, at;
-static int ever;
+static long how_many;
 
-/* From now on count the calls on files whose path contains `part`, and let the one with this number fail, counted from 1; with
-   `for_ever` all after it as well. 0: none. */
-void failing_arm(const char *part, long number, int for_ever) {
+/* From now on count the calls on files whose path contains `part`, and let the one with this number fail, counted from 1, and those
+   after it, so many in all. 0: none. */
+void failing_arm(const char *part, long number, long count) {
     strncpy(files, part, sizeof files - 1);
     calls = 0;
     at = number;
-    ever = for_ever;
+    how_many = count;
 }
 
 /* The number of calls since then. */
@@ -40,7 +40,7 @@ static int fails(int fd) {
     if (!strstr(path, files))
         return 0;
     call = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
-    return at && (call == at || (ever && call > at));
+    return at && call >= at && call - at < how_many;
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))

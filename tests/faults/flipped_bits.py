@@ -29,6 +29,7 @@ import anyio
 import attrs
 
 from eventbus import Delivery, Envelope, EventBus, EventBusError, Reject, RetryPolicy, event
+from eventbus.stores import _sqlite_ballast
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import Later
 from tests.campaign import Case
@@ -100,6 +101,22 @@ def declare(path: Path, seen: Seen, *, making: bool) -> EventBus:
     return bus
 
 
+async def all_tried(bus: EventBus, published: Sequence[Ordered | Paid]) -> None:
+    """Wait until every event was tried, but for those that are held behind one that waits for another attempt."""
+    held: set[str] = set()
+    by_key = 0
+    for it in published:
+        if isinstance(it, Ordered) and it.customer not in held:
+            by_key += 1
+            if it.n % 5 == 0:
+                held.add(it.customer)
+    while True:
+        stats = (await bus.stats()).subscriptions
+        if all(each.handled + each.failed == (by_key if name == "by key" else len(published)) for name, each in stats.items()):
+            return
+        await anyio.sleep(0.005)
+
+
 async def make(path: Path, seed: int) -> None:
     """Publish and handle, then publish what waits. The last transaction but one publishes, the last does not."""
     chance = random.Random(seed)
@@ -111,10 +128,10 @@ async def make(path: Path, seed: int) -> None:
 
     bus = declare(path, Seen(), making=True)
     async with bus:
-        for _ in range(ROUNDS):
-            await bus.publish_many([some() for _ in range(4)])
-        with anyio.move_on_after(5):
-            await bus.drain()
+        published = [some() for _ in range(4 * ROUNDS)]
+        for start in range(0, len(published), 4):
+            await bus.publish_many(published[start : start + 4])
+        await all_tried(bus, published)
         await bus.publish(some(), due=timedelta(hours=1))
     async with declare(path, Seen(), making=True).open(dispatch=False) as later:
         for _ in range(ROUNDS):
@@ -173,6 +190,7 @@ async def deliver(path: Path, all_again: bool) -> dict[str, Any]:
 def serve() -> None:
     """Open one image after another, as the lines of the standard input say."""
     logging.getLogger("eventbus").propagate = False
+    _sqlite_ballast.BYTES = 4_096  # it is no part of an image
     for line in sys.stdin:
         path, all_again = json.loads(line)
         found = anyio.run(deliver, Path(path), all_again)
@@ -348,6 +366,11 @@ def wrong(made: Original, opened: Opened | str, health: str = "ok") -> Iterator[
 def health_of(path: Path, files: dict[str, bytes]) -> str:
     """What SQLite says of an image."""
     put(path, files)
+    return health(path)
+
+
+def health(path: Path) -> str:
+    """What SQLite says of a file."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.text_factory = bytes
         try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import random
@@ -28,7 +29,7 @@ import attrs
 import msgspec
 
 from eventbus.errors import EventBusError, PublishOutcomeUnknown, StoreFull, StoreUnavailable
-from eventbus.stores import sqlite
+from eventbus.stores import _sqlite_ballast, _sqlite_wal, sqlite
 from eventbus.stores.base import Batch, Committed, Events, Lanes, Query
 from eventbus.stores.sqlite import SQLiteStore
 from tests.campaign import Case
@@ -239,6 +240,8 @@ def run_all(seed: str, every: int) -> Report:
     _vfs = FailingVFS("failing", disk)  # as long as it is there, SQLite knows it
     apsw_sqlite.install("failing")
     sqlite.WAL_PAGES = 12
+    _sqlite_ballast.BYTES = 4_096
+    _sqlite_wal._checksum = functools.lru_cache(maxsize=2_000)(_sqlite_wal._checksum)
     prepare = random.Random(seed).choice([0, 3, 3])
     asked = _run(seed, prepare, disk, "once")
     report = Report(0, [])

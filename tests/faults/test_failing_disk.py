@@ -15,7 +15,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("number", range(4))
 def test_calls_that_fail(number: int) -> None:
-    """Whichever read, write, sync or truncate fails, once or for ever: nothing acknowledged is lost, nothing refused is stored."""
+    """Whichever read, write, sync or truncate fails, once, a few times or for ever: nothing acknowledged is lost, nothing refused is stored."""
     case = failing_disk.case(1, number)
     assert not case.faults, "\n".join(case.faults)
     assert case.checked == RUNS
