@@ -54,10 +54,11 @@ async def other(placed: Placed) -> None:
     await anyio.sleep(0)
 
 async def main() -> None:
-    async with bus:
-        if not os.path.exists(DB + ".published"):
+    if not os.path.exists(DB + ".published"):
+        async with bus.open(dispatch=False):
             await bus.publish_many([Draft(Placed(n, str(n % 5))) for n in range(30)])
-            open(DB + ".published", "w").close()
+        open(DB + ".published", "w").close()
+    async with bus:
         print(await bus.drain(30), flush=True)
 
 anyio.run(main)
