@@ -145,11 +145,15 @@ def _primary(error: BaseException) -> int | None:
     return None if code is None else code & 0xFF
 
 
+_DAMAGED = (
+    "the database file is damaged, or the disk could not read it; `python -m eventbus doctor` tells which. Restore it, or see "
+    "SQLite's .recover"
+)
 _KINDS: dict[int | None, tuple[type[StoreError], str]] = {
     sqlite3.SQLITE_FULL: (StoreFull, "no room is left for it; free some, what was refused may be tried again"),
     sqlite3.SQLITE_BUSY: (StoreBusy, "another connection has held the write lock for too long; look for an open transaction"),
     sqlite3.SQLITE_LOCKED: (StoreBusy, "another connection has held a lock for too long; look for an open transaction"),
-    sqlite3.SQLITE_CORRUPT: (StoreCorrupt, "the database file is damaged; restore it, or see SQLite's .recover"),
+    sqlite3.SQLITE_CORRUPT: (StoreCorrupt, _DAMAGED),
     sqlite3.SQLITE_NOTADB: (StoreCorrupt, "the file is not an SQLite database"),
     sqlite3.SQLITE_READONLY: (StoreUnavailable, "the file or its directory cannot be written"),
     sqlite3.SQLITE_CANTOPEN: (StoreUnavailable, "the file cannot be opened"),

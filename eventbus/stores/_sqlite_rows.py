@@ -146,7 +146,8 @@ def lane_of(row: LaneRow) -> LaneState:
     if _crc(row[:-1]) != crc:
         raise StoreCorrupt(
             f"lane {lane!r} of subscription {subscription!r} does not match its checksum: its row in `lanes` was damaged, or "
-            "changed by hand; rewind the subscription, or remove the row to begin again"
+            "changed by hand. With the row deleted from `lanes`, while no bus is open, the lane begins again where its "
+            "subscription began, and what it had settled is delivered again"
         )
     positions = _POSITIONS.decode(done) if done else ()
     return LaneState(

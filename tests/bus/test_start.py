@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sqlite3
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import attrs
 import pytest
 
-from eventbus import Delivery, Draft, EventBus, InvalidSubscription, RetryPolicy, UnknownSubscription, event
+from eventbus import Delivery, Draft, EventBus, InvalidSubscription, RetryPolicy, StoreCorrupt, UnknownSubscription, event
 from tests.bus.support import NO_RETRY, MovableClock, Recorder
 
 
@@ -342,3 +344,22 @@ async def test_the_dead_letters_of_a_removed_subscription_stay(db: str) -> None:
         (letter,) = await bus.dead_letters.list(subscription="h")
         assert letter.envelope.event == Placed(1)
         assert await bus.dead_letters.discard(letter.id) == 1
+
+
+@each_order
+async def test_a_damaged_lane_begins_again_without_its_row(db: str, order: str) -> None:
+    """A bus does not start with a lane that does not match its checksum; what the error says to do makes it deliver all again."""
+    bus, seen = a_bus(db, Placed, **ORDERS[order])
+    async with bus:
+        await bus.publish_many([Placed(n) for n in range(3)])
+        assert await bus.drain(10) == {}
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
+        connection.execute("UPDATE lanes SET checkpoint = checkpoint + 1")
+    with pytest.raises(StoreCorrupt, match="With the row deleted from `lanes`"):
+        async with bus:
+            pass
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
+        connection.execute("DELETE FROM lanes")
+    async with bus:
+        assert await bus.drain(10) == {}
+    assert sorted(seen.seen) == sorted([*range(3), *range(3)])
