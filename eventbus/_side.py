@@ -223,9 +223,9 @@ class Redriver:
     @property
     def hindered(self) -> bool:
         """Whether all that is left waits in lanes that give nothing out."""
-        busy = [lane for lane, source in self._sources.items() if source in lane.sources]
-        hindered = all(lane.gives_nothing() for lane in busy) and bool(busy or self._skipped)
-        return hindered and not self._reading and not self._looking and not self._later
+        if self._reading or self._looking or self._later or not (self._known or self._skipped):
+            return False
+        return all(lane is not None and lane.gives_nothing() for lane in self._known.values())
 
     def _has_room(self, most: int) -> bool:
         """Whether fewer than so many are in lanes that may give them out."""

@@ -171,7 +171,7 @@ class Members:
 
     def said(self, what: str, who: str | None = None) -> list[Said]:
         """What was said of one kind, in its order."""
-        lines = [json.loads(line) for line in self._report.read_text().splitlines()]
+        lines = [json.loads(line) for line in self._report.read_text().split("\n")[:-1]]  # the last one may be half there
         return [Said(*line) for line in lines if line[1] == what and who in (None, line[0])]
 
     def wait_for(self, what: str, count: int = 1, who: str | None = None) -> list[Said]:
