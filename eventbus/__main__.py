@@ -6,6 +6,7 @@ Each is a module of `eventbus.cli` with `SUMMARY`, `DESCRIPTION`, `configure(par
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "run" not in options:
         parser.print_help()
         return 0
-    exit_code: int = options.run(options)
+    try:
+        exit_code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be written goes nowhere
+        return 1
     return exit_code
 
 

@@ -590,6 +590,17 @@ def test_which_sqlite_can_lose_commits(version: tuple[int, ...], affected: bool)
     assert loses_commits(version) is affected
 
 
+def test_a_reader_that_has_read_enough(db: Path) -> None:
+    """`python -m eventbus doctor … | head -1` ends without a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        [sys.executable, "-m", "eventbus", "doctor", str(db)], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
 def test_numbers_in_words() -> None:
     """Units that fit."""
     assert [size(n) for n in (0, 1023, 1536, 2**20, 5 * 2**30)] == ["0 bytes", "1,023 bytes", "1.5 KiB", "1.0 MiB", "5.0 GiB"]

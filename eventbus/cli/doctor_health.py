@@ -25,7 +25,7 @@ _WHAT_TO_DO = {
     "events": "a damaged event is dead-lettered when its turn comes; look at what else the disk has damaged, and at the disk",
     "scheduled": "a damaged event is dead-lettered when its turn comes; look at what else the disk has damaged, and at the disk",
     "subscriptions": "no bus opens the file: restore a backup; without its row a subscription would begin anew",
-    "lanes": "a lane that does not match is not run: rewind its subscription, or delete the row to begin again",
+    "lanes": "a lane that does not match is not run: stop the bus and delete the row, and it begins again at its start",
     "deliveries": "the subscription is not run: rewind it to before the position (open a bus with dispatch=False), or delete the "
     "row and replay the event",
     "dead_letters": "it cannot be redriven as it is; look at it with the `dead_letters` table, and at the disk",

@@ -32,13 +32,13 @@ def subscriptions_section(watched: Watched, inspection: Inspection) -> Section:
     parts = [_Subscription(watched, stored) for stored in look.standing.subscriptions if stored.name in look.lanes]
     section.facts["subscriptions"] = {part.stored.name: part.facts() for part in parts}
     rows = [("name", "order", "lanes", "lag", "oldest", "waiting", "dead", "")]
-    for line in table(rows + [part.row() for part in parts]) if parts else ["none is stored"]:
+    for line in table(rows + [part.row() for part in parts]) if parts else [] if look.damaged else ["none is stored"]:
         section.say(line)
     for name, why in look.damaged.items():
         section.trouble(
             "lanes-unreadable",
             f"{name}: {why}",
-            f"rewind {name}, or delete the damaged row of `lanes` to begin again from its start",
+            f"stop the bus and delete the damaged row of `lanes`; {name} begins again at its start there",
         )
     for part in parts:
         part.judge(section)
