@@ -92,7 +92,14 @@ class Registering:
             return self._switch(subscribed, wanted)
         if known.order != "type" and not set(known.types) >= set(subscribed.types):
             fence(self._connection, known.name, self._command.instance)
-        return _without_floors(subscribed, lanes(self._connection, known.name)) if known.floors else subscribed
+        return self._without_floors(subscribed) if known.floors else subscribed
+
+    def _without_floors(self, subscribed: Subscribed) -> Subscribed:
+        """Floors say nothing more that every lane has passed, and every row, which stands for what comes after it in its key."""
+        reached = [state.checkpoint for state in lanes(self._connection, subscribed.name)]
+        reached += [row.waiting.position - 1 for row in waiting_rows(self._connection, subscribed.name)]
+        kept = tuple(floor for floor in subscribed.floors if floor.up_to() > min(reached, default=0))
+        return msgspec.structs.replace(subscribed, floors=kept)
 
     # -------------------------------------------------------------- another generation
 
@@ -146,13 +153,6 @@ def _together(types: tuple[str, ...], served: Iterable[Serves], known: Subscribe
     """The types given, and those of the stored ones that another instance serves."""
     elsewhere = {pattern for serves in served for pattern in serves.types}
     return (*types, *(pattern for pattern in known.types if pattern in elsewhere and pattern not in types))
-
-
-def _without_floors(subscribed: Subscribed, states: Iterable[LaneState]) -> Subscribed:
-    """Floors that every lane has passed say nothing more."""
-    reached = min((state.checkpoint for state in states), default=0)
-    kept = tuple(floor for floor in subscribed.floors if floor.up_to() > reached)
-    return msgspec.structs.replace(subscribed, floors=kept)
 
 
 def first_unsettled(connection: Connection, subscribed: Subscribed) -> int | None:

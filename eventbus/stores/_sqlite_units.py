@@ -107,16 +107,18 @@ class Outcomes:
         return Death("IdempotencyConflict", str(conflict), "", 1, self._now, self._now)
 
     def _move(self, unit: Unit, lane: LaneState) -> None:
-        """The lane stands as the unit says. One that did not come from the log or a row says nothing about what waits there."""
+        """The lane stands as the unit says; but what was settled stays so, also if the unit was written before, and comes again
+        since nobody could tell. One that did not come from the log or a row says nothing about what waits there."""
         if unit.checkpoint <= lane.checkpoint and unit.source in {"redrive", "replay"}:
             return
         checkpoint = max(unit.checkpoint, lane.checkpoint)
+        done = sorted({*unit.done, *lane.done})
         moved = LaneState(
             unit.subscription,
             unit.lane,
             unit.epoch,
             checkpoint,
-            tuple([position for position in unit.done if position > checkpoint]) if unit.done else (),
+            tuple([position for position in done if position > checkpoint]) if done else (),
             unit.attempt,
             unit.due_at,
             unit.first_failed_at,

@@ -104,6 +104,18 @@ class Generations(Shared):
         self.settle(store, self.unit(self.claim(store, lane=""), 3))
         assert self.register(store, order="log").floors == ()
 
+    def test_floors_stay_while_a_row_needs_them(self, store: Store) -> None:
+        """A key that waits stands for its later events, too, of which some were settled before: they are not delivered again."""
+        self.register(store, order="none", concurrency=16)
+        self.append(store, records(3, key="k"))
+        self.settle(store, self.unit(self.claim(store, lane=""), 2, checkpoint=0, done=(2,)))
+        self.register(store, order="key", concurrency=1)
+        state = self.claim(store, lane="0")
+        self.settle(store, self.unit(state, 1, checkpoint=3, rows=(Waiting(1, "k", 1, NOW + 9, first_failed_at=NOW),)))
+        assert self.register(store, order="key", concurrency=1).settled_before(2, "order.created", 0, "k")
+        self.settle(store, self.unit(state, 1, source="row", row=1, checkpoint=3))
+        assert self.register(store, order="key", concurrency=1).floors == ()
+
     def test_another_order_fences(self, store: Store) -> None:
         """Who owned a lane of the same name in an earlier generation cannot write in the new one."""
         old = self.with_lane(store, events=2, order="log")

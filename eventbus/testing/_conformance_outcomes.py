@@ -64,6 +64,21 @@ class Units(ConformanceBase):
         self.settle(store, self.unit(state, 1))
         assert self.lane(store) == msgspec.structs.replace(state, checkpoint=1)
 
+    def test_units_that_come_again(self, store: Store) -> None:
+        """Of units that are committed twice, since nobody could tell whether they were, none undoes what a later one has settled:
+        that one is refused the second time, and what it publishes is in the log once."""
+        state = self.with_lane(store, events=3, order="none", concurrency=16)
+        waiting = Waiting(1, None, 1, NOW + 9, first_failed_at=NOW)
+        first = self.unit(state, 1, checkpoint=1, rows=(waiting,))
+        second = self.unit(state, 3, checkpoint=1, done=(3,), published=tuple(records(1)))
+        before = self.unit(state, 1, source="row", row=1, checkpoint=1, rows=(waiting,))
+        self.settle(store, first)
+        self.settle(store, before, second)
+        again = self.settle(store, before, second)
+        assert again.refused == {1: "settled"}
+        assert self.lane(store).done == (3,)
+        assert again.head == 4
+
     def test_unit_done_above_the_checkpoint(self, store: Store) -> None:
         """Positions settled above the checkpoint are kept with the lane."""
         state = self.with_lane(store, order="none", concurrency=16)

@@ -227,7 +227,7 @@ class Transaction:
         lane.state = msgspec.structs.replace(
             lane.state,
             checkpoint=checkpoint,
-            done=tuple(position for position in unit.done if position > checkpoint),
+            done=tuple(position for position in sorted({*unit.done, *lane.state.done}) if position > checkpoint),
             attempt=unit.attempt,
             due_at=unit.due_at,
             first_failed_at=unit.first_failed_at,

@@ -128,8 +128,9 @@ def _update(scene: Scene, instance: str, known: Subscribed, wanted: Registration
             if lane.owner != instance:
                 lane.state = msgspec.structs.replace(lane.state, epoch=lane.state.epoch + 1)
                 lane.owner = None
-    reached = min((lane.state.checkpoint for lane in disk.lanes_of(known.name)), default=0)
-    return msgspec.structs.replace(now, floors=tuple(floor for floor in now.floors if floor.up_to() > reached))
+    reached = [lane.state.checkpoint for lane in disk.lanes_of(known.name)]
+    reached += [row.waiting.position - 1 for row in disk.rows_of(known.name)]
+    return msgspec.structs.replace(now, floors=tuple(floor for floor in now.floors if floor.up_to() > min(reached, default=0)))
 
 
 def _switch(disk: Disk, known: Subscribed, wanted: Registration) -> Subscribed:
