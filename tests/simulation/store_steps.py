@@ -208,7 +208,7 @@ class History:
             )
         if chance.random() < 0.25 and position <= disk.head:
             options["death"] = death(chance.choice(("ValueError", "app.KeyError")), last_failed_at=self._now)
-        if chance.random() < 0.3:
+        if chance.random() < 0.3 and position <= disk.head:  # nobody has handled what is not there: it would die of a conflict
             options["published"] = tuple(self._record() for _ in range(chance.randint(1, 2)))
             options["conflict"] = chance.choice((None, death("IdempotencyConflict")))
         if chance.random() < 0.05:
