@@ -93,6 +93,10 @@ class Member:
         """Have it do something."""
         os.write(self._pipe, json.dumps(words).encode() + b"\n")
 
+    def is_stopped(self) -> bool:
+        """Whether it is stopped (SIGSTOP)."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
     def kill(self) -> float:
         """SIGKILL; returns when."""
         at = time.monotonic()

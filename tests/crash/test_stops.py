@@ -69,6 +69,7 @@ def test_a_process_that_is_stopped_while_it_has_the_turn_to_write(members: Membe
     two = members.start("two", lease=0.5, busy=0.3)
     one.tell("freeze", "turn")
     one.tell("publish", 0, 1)
+    members.until(lambda: one.is_stopped() or None, "one to be stopped")
     two.tell("publish", 1, 5)
     (refused, *_) = members.wait_for("refused", who="two")
     assert "another process has held its turn to write for 0.3 s; it may be stopped" in refused.value
