@@ -213,11 +213,19 @@ class _Store(SQLiteStore):
     slow_disk = 0.0
     freeze = False
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.at_work = threading.Lock()
+
+    def commit(self, batch: Batch) -> Committed:
+        with self.at_work:
+            return super().commit(batch)
+
     def _commit(self, batch: Batch) -> Committed:
         time.sleep(self.slow_disk)
         if self.freeze:
             self.freeze = False
-            os.kill(os.getpid(), signal.SIGSTOP)
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread first: it must not go on a bit
         return super()._commit(batch)
 
 
@@ -255,7 +263,10 @@ class _Program:
             self.say("begun", placed.n)
             if self.freeze:
                 self.freeze = False
-                os.kill(os.getpid(), signal.SIGSTOP)
+                with contextlib.ExitStack() as stack:
+                    for _, store in self.buses:
+                        stack.enter_context(store.at_work)  # or it may be stopped while it has the turn to write
+                    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
                 if self.task.options.get("fails"):
                     raise Reject("it was stopped")
             await anyio.sleep(self.task.options.get("slow", 0.0))
