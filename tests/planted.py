@@ -257,8 +257,8 @@ PLANTS: Sequence[Plant] = (
             (
                 Change(
                     "eventbus/stores/_sqlite_rows.py",
-                    f'    if _crc(row[:-1]) != crc:\n        raise StoreCorrupt(\n            f"{begins}',
-                    f'    if False:\n        raise StoreCorrupt(\n            f"{begins}',
+                    f'    if _crc(row[:-1]) != crc:\n        raise _damaged(\n            f"{begins}',
+                    f'    if False:\n        raise _damaged(\n            f"{begins}',
                 ),
             ),
             ("tests/faults/test_flipped_bits.py",),

@@ -17,7 +17,7 @@ from eventbus.stores._sqlite_commit import BUMP, HEAD
 from eventbus.stores._sqlite_insert import execute_rows, insert_events
 from eventbus.stores._sqlite_members import Lives, beat, claim, mark, release
 from eventbus.stores._sqlite_prune import prune
-from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, subscriptions, waiting_rows
+from eventbus.stores._sqlite_read import dead_letter_condition, lanes, next_due, subscription_named, subscriptions, waiting_rows
 from eventbus.stores._sqlite_register import Registering
 from eventbus.stores._sqlite_revive import revive
 from eventbus.stores._sqlite_rows import EventRow, event_json, one, record_of, to_micros
@@ -135,7 +135,7 @@ class Commands:
     def rewind(self, command: Rewind) -> tuple[LaneState, ...]:
         """See `Rewind`."""
         name, after = command.subscription, command.after
-        stored = next((each for each in subscriptions(self._connection) if each.name == name), None)
+        stored = subscription_named(self._connection, name)
         if stored is None:
             raise self._unknown(name)
         since = {pattern: min(start, after) for pattern, start in stored.since.items()}

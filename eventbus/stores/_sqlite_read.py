@@ -304,6 +304,11 @@ def subscriptions(connection: Connection) -> tuple[Subscribed, ...]:
     return tuple(sorted(found, key=lambda subscribed: subscribed.name))
 
 
+def subscription_named(connection: Connection, name: str) -> Subscribed | None:
+    """One subscription, if it is stored. All rows are read: it may be its name that was damaged."""
+    return next((each for each in subscriptions(connection) if each.name == name), None)
+
+
 def lanes(connection: Connection, subscription: str | None) -> tuple[LaneState, ...]:
     """All lanes, or those of one subscription."""
     source = "FROM lanes" if subscription is None else "FROM lanes WHERE subscription = :name"

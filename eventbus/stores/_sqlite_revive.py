@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from eventbus.stores._sqlite_read import lanes, owners, subscriptions
+from eventbus.stores._sqlite_read import lanes, owners, subscription_named
 from eventbus.stores._sqlite_rows import one
 from eventbus.stores._sqlite_units import write_lanes, write_waiting
 from eventbus.stores.base import LaneState, Revive, Revived, Waiting
@@ -23,7 +23,8 @@ Connection = sqlite3.Connection
 def revive(connection: Connection, command: Revive, now: float) -> tuple[LaneState, ...]:
     """See `Revive`."""
     name = command.subscription
-    order = next((each.order for each in subscriptions(connection) if each.name == name), None)
+    stored = subscription_named(connection, name)
+    order = None if stored is None else stored.order
     own = {each.lane: each.epoch for each in owners(connection, [name]) if each.owner == command.instance}
     there = _in_log(connection, [each.position for each in command.deliveries])
     wanted = sorted(

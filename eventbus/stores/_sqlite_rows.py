@@ -140,14 +140,20 @@ def _crc(row: tuple[object, ...]) -> int:
     return zlib.crc32("|".join(map(str, row)).encode())
 
 
+def _damaged(what: str, table: str, rest: str) -> StoreCorrupt:
+    """The error for a row that does not match its checksum."""
+    return StoreCorrupt(f"{what} does not match its checksum: its row in `{table}` was damaged, or changed by hand{rest}")
+
+
 def lane_of(row: LaneRow) -> LaneState:
     """A lane from its row. Raises StoreCorrupt if its checksum does not fit: a wrong checkpoint would skip events."""
     subscription, lane, epoch, checkpoint, done, attempt, due_at, first_failed_at, error, crc = row
     if _crc(row[:-1]) != crc:
-        raise StoreCorrupt(
-            f"lane {lane!r} of subscription {subscription!r} does not match its checksum: its row in `lanes` was damaged, or "
-            "changed by hand. With the row deleted from `lanes`, while no bus is open, the lane begins again where its "
-            "subscription began, and what it had settled is delivered again"
+        raise _damaged(
+            f"lane {lane!r} of subscription {subscription!r}",
+            "lanes",
+            ". With the row deleted from `lanes`, while no bus is open, the lane begins again where its subscription began, and "
+            "what it had settled is delivered again",
         )
     positions = _POSITIONS.decode(done) if done else ()
     return LaneState(
@@ -186,10 +192,11 @@ def waiting_of(row: WaitingValues) -> WaitingRow:
     """A waiting delivery from its row. Raises StoreCorrupt if its checksum does not fit: an event would be passed by."""
     subscription, position, lane, key, state, attempt, due_at, first_failed_at, error, crc = row
     if _crc(row[:-1]) != crc:
-        raise StoreCorrupt(
-            f"the waiting delivery of position {position} to subscription {subscription!r} does not match its checksum: its row "
-            "in `deliveries` was damaged, or changed by hand; rewind the subscription to before it (on a bus opened with "
-            "dispatch=False), or remove the row and replay the event"
+        raise _damaged(
+            f"the waiting delivery of position {position} to subscription {subscription!r}",
+            "deliveries",
+            "; rewind the subscription to before it (on a bus opened with dispatch=False), or remove the row and replay the "
+            "event",
         )
     state = cast("WaitingState", state)
     waiting = Waiting(position, key, attempt, due_at / 1e6, state, _seconds(first_failed_at), error)
@@ -247,9 +254,10 @@ def subscribed_of(row: SubscriptionRow) -> Subscribed:
     """A subscription from its row. Raises StoreCorrupt if its checksum does not fit: events would be passed by."""
     name, types, since, order, concurrency, generation, paused, paused_at, created_at, derived, floors, crc = row
     if _crc(row[:-1]) != crc:
-        raise StoreCorrupt(
-            f"subscription {name!r} does not match its checksum: its row in `subscriptions` was damaged, or changed by hand; "
-            "restore a copy of the file. Without the row the subscription would begin anew"
+        raise _damaged(
+            f"subscription {name!r}",
+            "subscriptions",
+            "; restore a copy of the file. Without the row the subscription would begin anew",
         )
     return Subscribed(
         name,

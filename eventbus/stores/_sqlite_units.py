@@ -17,7 +17,7 @@ import msgspec
 from eventbus.errors import IdempotencyConflict
 from eventbus.stores._sqlite_commit import BUMP, Entering, Found, LaneKey
 from eventbus.stores._sqlite_insert import execute_rows
-from eventbus.stores._sqlite_read import subscriptions
+from eventbus.stores._sqlite_read import subscription_named
 from eventbus.stores._sqlite_rows import (
     EVENT_COLUMNS,
     KEEP_OWNER,
@@ -112,13 +112,13 @@ class Outcomes:
         if unit.checkpoint <= lane.checkpoint and unit.source in {"redrive", "replay"}:
             return
         checkpoint = max(unit.checkpoint, lane.checkpoint)
-        done = sorted({*unit.done, *lane.done})
+        done = sorted({*unit.done, *lane.done}) if unit.done or lane.done else ()
         moved = LaneState(
             unit.subscription,
             unit.lane,
             unit.epoch,
             checkpoint,
-            tuple([position for position in done if position > checkpoint]) if done else (),
+            tuple([position for position in done if position > checkpoint]),
             unit.attempt,
             unit.due_at,
             unit.first_failed_at,
@@ -223,12 +223,11 @@ def write_subscription(connection: sqlite3.Connection, subscribed: Subscribed) -
 
 def write_paused(connection: sqlite3.Connection, name: str, reason: str | None, now: float) -> bool:
     """Pause a subscription, or, without a reason, resume it; whether it is stored."""
-    for subscribed in subscriptions(connection):
-        if subscribed.name == name:
-            since = None if reason is None else now
-            write_subscription(connection, msgspec.structs.replace(subscribed, paused=reason, paused_at=since))
-            return True
-    return False
+    stored = subscription_named(connection, name)
+    if stored is not None:
+        since = None if reason is None else now
+        write_subscription(connection, msgspec.structs.replace(stored, paused=reason, paused_at=since))
+    return stored is not None
 
 
 # ------------------------------------------------------------------ dead letters
