@@ -21,6 +21,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import attrs
 
+SHOWN = 20
+"""Faults of a case that are told, which is enough to see what is wrong: there may be a hundred thousand."""
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""A directory in memory, where there is one, for what is not about the disk: nothing hangs on a sync there."""
+
 
 @attrs.frozen
 class Case:
@@ -35,6 +40,10 @@ class Case:
     what: str
     checked: int = 1
     faults: Sequence[str] = ()
+
+    def told(self) -> str:
+        """Its faults, one a line; of very many the first `SHOWN`."""
+        return "\n".join(self.faults[:SHOWN])
 
 
 @attrs.frozen
@@ -100,7 +109,7 @@ def run(part: Part, seed: int, seconds: float) -> Tally:
     for case in part.cases(seed):
         tally.take(case)
         tally.seconds = time.monotonic() - begun
-        for fault in case.faults[:20]:
+        for fault in case.faults[:SHOWN]:
             print(f"FAULT {part.name}: {case.what}: {fault}", flush=True)
         if tally.seconds >= seconds or tally.checked >= part.aim:
             break

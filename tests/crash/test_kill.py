@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)  # each wait has a patience of its own, an
 def test_nothing_acknowledged_is_lost_by_a_kill(nursery: Nursery, number: int) -> None:
     """What was acknowledged is in the log and settled by every subscription, in order, once; whatever moment the kill chose."""
     case = campaign.case(1, number, nursery)
-    assert not case.faults, "\n".join(case.faults[:20])
+    assert not case.faults, case.told()
     assert case.checked == campaign.KILLS
 
 
@@ -26,7 +26,7 @@ def test_nothing_acknowledged_is_lost_by_a_kill(nursery: Nursery, number: int) -
 def test_nor_by_a_kill_at_a_fail_point(nursery: Nursery, number: int) -> None:
     """So it is for a kill before or after each commit, claim, WAL checkpoint, …, and when recovering from it is interrupted."""
     case = at_points.case(1, number, nursery)
-    assert not case.faults, "\n".join(case.faults[:20])
+    assert not case.faults, case.told()
 
 
 def test_every_fail_point_has_its_turn() -> None:

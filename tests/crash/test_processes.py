@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(300)  # each wait has a patience of its own, an
 def test_nothing_acknowledged_is_lost_by_kills_among_several(nursery: Nursery, number: int) -> None:
     """Whoever of four is killed, and however many: what was acknowledged is settled once by every subscription, in order."""
     case = processes.case(1, number, nursery)
-    assert not case.faults, "\n".join(case.faults[:20])
+    assert not case.faults, case.told()
     assert case.checked >= processes.KILLS
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)  # each wait has a patience of its own, an
 def test_processes_that_are_stopped_past_their_lease(nursery: Nursery, number: int) -> None:
     """Others go on with their lanes; what they write afterwards is refused, they take part again, and nothing is lost or doubled."""
     case = stops.case(1, number, nursery)
-    assert not case.faults, "\n".join(case.faults[:20])
+    assert not case.faults, case.told()
     assert case.checked >= stops.STOPS
 
 

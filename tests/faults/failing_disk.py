@@ -29,12 +29,11 @@ import attrs
 
 from eventbus import EventBus, EventBusError, PublishOutcomeUnknown, StoreError
 from eventbus.stores import sqlite
-from tests.campaign import Case
+from tests.campaign import MEMORY, Case
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("failing.c")
 NAME = "failing.db"
-_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 EVENTS = 10
 RUNS = 40
 """Of one case."""
@@ -97,7 +96,7 @@ async def program(path: Path) -> dict[str, Any]:
 
 async def warm_up() -> None:
     """Import and compile, once for all children, what the program needs."""
-    with tempfile.TemporaryDirectory(prefix="eventbus-failing-", dir=_MEMORY) as folder:
+    with tempfile.TemporaryDirectory(prefix="eventbus-failing-", dir=MEMORY) as folder:
         await program(Path(folder) / "warm.db")
 
 
@@ -197,7 +196,7 @@ def wrong(path: Path, said: dict[str, Any] | None, count: int) -> Iterator[str]:
 @contextlib.contextmanager
 def failing() -> Iterator[tuple[Disk, Path]]:
     """A disk, and a folder on it."""
-    with tempfile.TemporaryDirectory(prefix="eventbus-failing-", dir=_MEMORY) as temporary:
+    with tempfile.TemporaryDirectory(prefix="eventbus-failing-", dir=MEMORY) as temporary:
         disk = Disk(Path(temporary))
         try:
             yield disk, Path(temporary)

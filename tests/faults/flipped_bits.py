@@ -29,10 +29,10 @@ import anyio
 import attrs
 
 from eventbus import Delivery, Envelope, EventBus, EventBusError, Reject, RetryPolicy, event
-from eventbus.stores import _sqlite_ballast
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import Later
-from tests.campaign import Case
+from tests.campaign import MEMORY, Case
+from tests.faults.cheaper import cheaper
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 100
@@ -187,10 +187,10 @@ async def deliver(path: Path, all_again: bool) -> dict[str, Any]:
     return {"seen": seen.deliveries, "dead": dead, "said": said + reports.messages}
 
 
+@cheaper()
 def serve() -> None:
     """Open one image after another, as the lines of the standard input say."""
     logging.getLogger("eventbus").propagate = False
-    _sqlite_ballast.BYTES = 4_096  # it is no part of an image
     for line in sys.stdin:
         path, all_again = json.loads(line)
         found = anyio.run(deliver, Path(path), all_again)
@@ -388,9 +388,8 @@ def case(seed: int, number: int, images: int = IMAGES) -> Case:
     """Damage copies of one database anywhere; of one that was closed, each third where the rows of a small table lie."""
     chance = random.Random(f"{seed}-{number}")
     faults = []
-    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nothing here hangs on a sync
     opener = Opener()
-    with tempfile.TemporaryDirectory(prefix="eventbus-bits-", dir=shared) as temporary:
+    with tempfile.TemporaryDirectory(prefix="eventbus-bits-", dir=MEMORY) as temporary:
         folder = Path(temporary)
         try:
             made = original(folder, number, opener)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import itertools
 import math
 import random
@@ -29,10 +28,11 @@ import attrs
 import msgspec
 
 from eventbus.errors import EventBusError, PublishOutcomeUnknown, StoreFull, StoreUnavailable
-from eventbus.stores import _sqlite_ballast, _sqlite_wal, sqlite
+from eventbus.stores import sqlite
 from eventbus.stores.base import Batch, Committed, Events, Lanes, Query
 from eventbus.stores.sqlite import SQLiteStore
-from tests.campaign import Case
+from tests.campaign import MEMORY, Case
+from tests.faults.cheaper import cheaper
 from tests.faults.failing_vfs import Disk, FailingVFS, Mode
 from tests.faults.programs import INSTANCE, NOW, Program, contents
 
@@ -47,7 +47,6 @@ WHILE = 3
 PATIENCE = 600.0
 """Seconds in which all runs of a program must have ended; they take some 50."""
 
-_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 _REFUSALS = (StoreUnavailable, StoreFull)
 """What a disk that fails may be answered with. StoreCorrupt and StoreLost are not: such a bus would not go on."""
@@ -232,6 +231,7 @@ class Report(msgspec.Struct):
     faults: list[str]
 
 
+@cheaper()
 def run_all(seed: str, every: int) -> Report:
     """Let each operation of a program fail, or every so-manieth."""
     from tests.faults import apsw_sqlite
@@ -240,8 +240,6 @@ def run_all(seed: str, every: int) -> Report:
     _vfs = FailingVFS("failing", disk)  # as long as it is there, SQLite knows it
     apsw_sqlite.install("failing")
     sqlite.WAL_PAGES = 12
-    _sqlite_ballast.BYTES = 4_096
-    _sqlite_wal._checksum = functools.lru_cache(maxsize=2_000)(_sqlite_wal._checksum)
     prepare = random.Random(seed).choice([0, 3, 3])
     asked = _run(seed, prepare, disk, "once")
     report = Report(0, [])
@@ -258,7 +256,7 @@ def run_all(seed: str, every: int) -> Report:
 
 
 def _run(seed: str, prepare: int, disk: Disk, mode: Mode) -> int | str:
-    with tempfile.TemporaryDirectory(prefix="eventbus-io-", dir=_MEMORY) as folder:
+    with tempfile.TemporaryDirectory(prefix="eventbus-io-", dir=MEMORY) as folder:
         run = Run(Path(folder), disk, random.Random(seed), mode)
         try:
             return run.all(prepare)

@@ -11,8 +11,6 @@ checkpoints are those of the store, and the file format is one; how an older SQL
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import itertools
 import random
@@ -24,13 +22,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import attrs
-import pytest
 
 from eventbus.errors import EventBusError
-from eventbus.stores import _sqlite_ballast, _sqlite_wal
 from eventbus.stores.base import Events
 from eventbus.stores.sqlite import SQLiteStore
-from tests.campaign import Case
+from tests.campaign import MEMORY, Case
+from tests.faults.cheaper import cheaper
 from tests.faults.disk import RULES, Disk, File, Image, Rule
 from tests.faults.programs import INSTANCE, Program, digest
 from tests.faults.recorder import NAME, Recorder, Request
@@ -44,8 +41,6 @@ RECOVERIES = 2
 
 DEEPEST = 2
 """Recoveries of recoveries of a program."""
-
-_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class Found(NamedTuple):
@@ -154,7 +149,7 @@ class Loss:
             self.cut_off.pop()
 
     def _record(self, base: Image, level: int, commits: int) -> Recording:
-        folder = Path(tempfile.mkdtemp(prefix="eventbus-power-", dir=_MEMORY))
+        folder = Path(tempfile.mkdtemp(prefix="eventbus-power-", dir=MEMORY))
         try:
             put(base, folder)
             return self.recorder.record(Request(str(folder), self.seed, level, commits, self.inspector.durability))
@@ -196,21 +191,12 @@ class Loss:
         return f"it holds {what}; it must be one from {least} to {most}"
 
 
-@contextlib.contextmanager
-def cheaper() -> Iterator[None]:
-    """Opening thousands of images takes less: their frames are mostly the same, and a ballast is no part of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sqlite_wal, "_checksum", functools.lru_cache(maxsize=2_000)(_sqlite_wal._checksum))
-        patch.setattr(_sqlite_ballast, "BYTES", 4_096)
-        yield
-
-
 def case(seed: int, number: int, recorder: Recorder) -> Case:
     """One program, and all its losses of power."""
     name = f"{seed}-{number}"
     durability: Literal["full", "fast"] = "fast" if number % 3 == 2 else "full"
     commits = COMMITS[number // 3 % len(COMMITS)]
-    with tempfile.TemporaryDirectory(prefix="eventbus-power-", dir=_MEMORY) as folder, cheaper():
+    with tempfile.TemporaryDirectory(prefix="eventbus-power-", dir=MEMORY) as folder, cheaper():
         inspector = Inspector(durability, Path(folder))
         loss = Loss(recorder, inspector, random.Random(name), name)
         loss.all({}, 0, commits)

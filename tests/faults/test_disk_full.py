@@ -28,7 +28,7 @@ INSTANCE = Instance("1", "shop", "localhost", 1, NOW)
 def test_nothing_is_lost_and_it_goes_on_by_itself(number: int) -> None:
     """What was acknowledged is handled when there is room again, without a call; what was refused is not there."""
     case = disk_full.case(1, number)
-    assert not case.faults, "\n".join(case.faults[:20])
+    assert not case.faults, case.told()
     assert case.checked == disk_full.CYCLES
 
 

@@ -17,5 +17,5 @@ pytestmark = [
 def test_calls_that_fail(number: int) -> None:
     """Whichever read, write, sync or truncate fails, once, a few times or for ever: nothing acknowledged is lost, nothing refused is stored."""
     case = failing_disk.case(1, number)
-    assert not case.faults, "\n".join(case.faults[:20])
+    assert not case.faults, case.told()
     assert case.checked == RUNS

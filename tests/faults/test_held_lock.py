@@ -200,5 +200,5 @@ async def test_a_reader_that_stays_open(db: str, tool: Locker, monkeypatch: pyte
 def test_any_course_of_it(number: int) -> None:
     """Held, stopped and killed in any order, between and during publishes: what was acknowledged is handled, once, and nothing else."""
     case = held_lock.case(1, number)
-    assert not case.faults, "\n".join(case.faults[:20])
+    assert not case.faults, case.told()
     assert case.checked

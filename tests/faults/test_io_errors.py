@@ -12,5 +12,5 @@ from tests.faults import io_errors
 def test_an_answer_holds_whatever_operation_of_the_disk_fails(number: int) -> None:
     """Acknowledged is there, refused is not, in doubt only while the disk fails; after one failure the store recovers by itself."""
     case = io_errors.case(1, number, every=5)
-    assert not case.faults, "\n".join(case.faults[:20])
+    assert not case.faults, case.told()
     assert case.checked > 100

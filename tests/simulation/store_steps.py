@@ -71,7 +71,7 @@ from eventbus.stores.base import (
 from eventbus.stores.sqlite import SQLiteStore
 from eventbus.testing import conformance  # noqa: F401  # before its parts, so that their assertions are rewritten
 from eventbus.testing._conformance_base import INSTANCE, NOW, OTHER, death, places_of
-from tests.campaign import Case
+from tests.campaign import MEMORY, Case
 from tests.simulation.disk import Disk
 from tests.simulation.oracle import Oracle
 
@@ -432,7 +432,7 @@ def replay(name: str) -> list[str]:
     """One history; what differed."""
     with contextlib.ExitStack() as stack:
         on_file = int(name.rpartition("-")[2]) % 4 == 0
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_memory()))) if on_file else None
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=MEMORY))) if on_file else None
         history = stack.enter_context(History(random.Random(name), directory).opened())
         for step in range(STEPS):
             try:
@@ -442,11 +442,6 @@ def replay(name: str) -> list[str]:
             except Exception as error:
                 return [f"step {step}: {error!r}" if not isinstance(error, Differs) else f"step {step}: {error}"]
     return []
-
-
-def _memory() -> str | None:
-    """A directory in memory, where there is one: nothing here is about the disk."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 __all__ = ["History", "Stored", "cases", "replay"]
