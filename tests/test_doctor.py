@@ -3,10 +3,6 @@ nothing."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
-import json
 import os
 import re
 import shutil
@@ -14,104 +10,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import anyio
-import msgspec
 import pytest
 
-from eventbus import EventBus
 from eventbus.__main__ import main
 from eventbus.cli import doctor_file, doctor_processes, doctor_report, doctor_subscriptions
 from eventbus.cli.doctor_report import WIDTH, Report, Section, duration, few, lines_of, size
 from eventbus.stores import _sqlite_file
-from eventbus.stores._sqlite_read import subscriptions
-from eventbus.stores._sqlite_units import write_subscription
-from eventbus.stores.sqlite_inspect import VERSION, Inspection, loses_commits
-from tests import doctor_child
-from tests.pages import ROOT, first_cells, page
-
-
-def run_doctor(path: object, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "eventbus", "doctor", str(path), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
-
-
-def diagnose(path: object, *arguments: str) -> Mapping[str, Any]:
-    """What it says, with its exit code checked. No bus is open in this process, so it may look from here."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = main(["doctor", str(path), "--json", "--watch", "0.1", *arguments])
-    said: Mapping[str, Any] = json.loads(out.getvalue())
-    assert said["exit_code"] == code
-    return said
-
-
-def found(said: Mapping[str, Any]) -> dict[str, str]:
-    """Codes and verdicts of all findings."""
-    return {each["code"]: each["verdict"] for section in said["sections"].values() for each in section["findings"]}
-
-
-def text_of(said: Mapping[str, Any], code: str) -> str:
-    return next(f"{e['text']} → {e['do']}" for s in said["sections"].values() for e in s["findings"] if e["code"] == code)
-
-
-def made(path: Path, *modes: str) -> Path:
-    """A file that buses have made and closed."""
-    for mode in modes:
-        anyio.run(getattr(doctor_child, mode), EventBus(path, name="shop"))
-    return path
-
-
-@contextlib.contextmanager
-def child(path: Path, mode: str, lease: float = 10.0) -> Iterator[subprocess.Popen[str]]:
-    """A program in another process, ready; killed at the end."""
-    command = [sys.executable, "-m", "tests.doctor_child", str(path), mode, str(lease)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            yield process
-        finally:
-            process.kill()
-
-
-def until(path: Path, code: str, seconds: float = 20) -> Mapping[str, Any]:
-    """Ask again and again, until the finding is there."""
-    end = time.monotonic() + seconds
-    while True:
-        said = diagnose(path)
-        if code in found(said) or time.monotonic() > end:
-            assert code in found(said), said
-            return said
-
-
-def change_subscriptions(path: Path, **changes: Any) -> None:
-    """As a bus would, with their checksums."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for subscribed in subscriptions(connection):
-            write_subscription(connection, msgspec.structs.replace(subscribed, **changes))
-
-
-def change(path: Path, *statements: str) -> None:
-    """As an accident, or a hand, would."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    try:
-        for statement in statements:
-            connection.execute(statement)
-    finally:
-        connection.close()
-
-
-def sums(path: Path) -> dict[str, str]:
-    return {
-        each.name: hashlib.sha256(each.read_bytes()).hexdigest()
-        for each in path.parent.iterdir()
-        if each.name.startswith(path.name)
-    }
+from eventbus.stores.sqlite_inspect import Inspection, loses_commits
+from tests.doctor_support import change, change_subscriptions, child, diagnose, found, made, run_doctor, sums, text_of, until
+from tests.pages import first_cells, page
 
 
 @pytest.fixture
@@ -341,153 +250,6 @@ def test_failures(db: Path) -> None:
     assert "the shelf is gone" in text_of(said, "retrying")
     (newest, _) = said["sections"]["subscriptions"]["facts"]["dead_letters"]["mailer"]["newest"]
     assert (newest["type"], newest["position"], newest["redriving"]) == ("doctor.placed", 2, False)
-
-
-# ------------------------------------------------------------------ damage
-
-
-@pytest.mark.parametrize(
-    ("statement", "code", "where"),
-    [
-        ("UPDATE events SET data = '{\"n\":9}' WHERE position = 2", "damaged-events", "position 2"),
-        ("UPDATE events SET headers = CAST(x'ff' AS TEXT) WHERE position = 2", "damaged-events", "position 2"),
-        ("UPDATE lanes SET checkpoint = 1 WHERE subscription = 'mailer'", "damaged-lanes", "'mailer'"),
-        ("UPDATE dead_letters SET key = 'x' WHERE id = 2", "damaged-dead-letters", "id 2"),
-        ("UPDATE scheduled SET type = 'y'", "damaged-scheduled", "id "),
-        ("UPDATE subscriptions SET concurrency = 9 WHERE name = 'mailer'", "damaged-subscriptions", "'mailer'"),
-        ("UPDATE subscriptions SET since = '{' WHERE name = 'mailer'", "damaged-subscriptions", "'mailer'"),
-        (
-            "INSERT INTO deliveries VALUES ('stock', 1, 'doctor.placed', NULL, 'retrying', 1, 0, NULL, NULL, 5)",
-            "damaged-deliveries",
-            "position 1",
-        ),
-    ],
-)
-def test_a_row_that_is_not_what_was_written(statement: str, code: str, where: str, db: Path) -> None:
-    """Its checksum tells, and the row is named."""
-    change(made(db, "fails", "schedules"), statement)
-    said = diagnose(db)
-    assert found(said)[code] == "trouble"
-    assert where in text_of(said, code)
-    (damaged,) = said["sections"]["health"]["facts"]["damaged"]
-    assert where in damaged["where"]
-
-
-def test_only_the_newest_events_are_looked_at_unless_all_are_asked_for(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--full` takes all."""
-    change(made(db, "publishes"), "UPDATE events SET key = 'x' WHERE position = 1")
-    monkeypatch.setattr("eventbus.cli.doctor_health.NEWEST", 2)
-    assert main(["doctor", str(db), "--watch", "0"]) == 0
-    assert main(["doctor", str(db), "--watch", "0", "--full"]) == 1
-
-
-def test_a_file_with_a_broken_page(db: Path) -> None:
-    """The structure is checked; what can be read is told all the same, and nothing is raised."""
-    made(db, "fails", "publishes")
-    connection = sqlite3.connect(db)
-    (page_bytes,), (root,) = (
-        connection.execute(text).fetchone()
-        for text in ("PRAGMA page_size", "SELECT rootpage FROM sqlite_master WHERE name = 'events'")
-    )
-    connection.close()
-    broken = bytearray(db.read_bytes())
-    broken[(root - 1) * page_bytes : root * page_bytes] = b"\x5a" * page_bytes
-    db.write_bytes(broken)
-    ran = run_doctor(db, "--watch", "0")
-    assert (ran.returncode, ran.stderr) == (1, "")
-    assert "TROUBLE: the file is damaged" in ran.stdout or "TROUBLE: quick_check cannot be read" in ran.stdout
-    assert "3.0 KiB" not in ran.stdout.splitlines()[-1]
-
-
-def test_every_page_of_a_file_may_be_broken(db: Path) -> None:
-    """Whichever it is, doctor says something, and raises nothing."""
-    original = made(db, "fails", "schedules").read_bytes()
-    page_bytes = int.from_bytes(original[16:18])
-    codes = set()
-    for number in range(len(original) // page_bytes):
-        broken = bytearray(original)
-        broken[number * page_bytes : (number + 1) * page_bytes] = os.urandom(page_bytes)
-        db.write_bytes(broken)
-        code = main(["doctor", str(db), "--watch", "0", "--json"])
-        codes.add(code)
-    assert codes <= {0, 1, 2}  # 0: the page of an index that is empty, or free
-    assert codes >= {1, 2}
-
-
-# ------------------------------------------------------------------ what cannot be looked at
-
-
-def _another_program(db: Path) -> None:
-    change(db, "CREATE TABLE events (name)", "PRAGMA user_version = 3")
-
-
-def _newer(db: Path) -> None:
-    change(made(db, "publishes"), f"PRAGMA user_version = {VERSION + 1}")
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda _db: None, "there is no such file"),
-        (lambda db: db.mkdir(), "is a directory"),
-        (os.mkfifo, "is no file"),
-        (lambda db: db.write_text("a letter, not a database" * 100), "not an SQLite database"),
-        (lambda db: db.write_bytes(b""), "has no tables of a bus"),
-        (_another_program, "database of another program"),
-        (_newer, "written by a newer eventbus"),
-    ],
-)
-def test_what_cannot_be_looked_at(make: Callable[[Path], object], words: str, db: Path) -> None:
-    """Exit code 2, and words for it; nothing is made."""
-    make(db)
-    before = sorted(db.parent.iterdir())
-    ran = run_doctor(db)
-    assert (ran.returncode, ran.stderr) == (2, "")
-    assert words in " ".join(ran.stdout.split())
-    assert "could not look (2). First: " in ran.stdout.splitlines()[-1] + ran.stdout.splitlines()[-2]
-    said = diagnose(db)
-    assert (said["verdict"], words in said["unreadable"]["text"]) == ("unreadable", True)
-    assert sorted(db.parent.iterdir()) == before
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    """It says which."""
-    ran = run_doctor(tmp_path / "none" / "shop.db")
-    assert ran.returncode == 2
-    assert "there is no directory" in ran.stdout
-
-
-def test_a_file_that_may_not_be_read() -> None:
-    """Another user is told to be the one that the bus runs as."""
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # which everybody may enter
-    try:
-        folder.chmod(0o755)
-        path = made(folder / "shop.db", "publishes")
-        path.chmod(0o000)
-        program = (
-            "import os, sys; from eventbus.__main__ import main; os.getuid() or os.setuid(65534); sys.exit(main(sys.argv[1:]))"
-        )
-        command = [sys.executable, "-c", program, "doctor", str(path)]  # an interpreter that only root may run is loaded as root
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
-        assert ran.returncode == 2, ran.stderr
-        assert "may not be read by this user" in " ".join(ran.stdout.split())
-    finally:
-        shutil.rmtree(folder)
-
-
-def test_tables_of_an_older_version(db: Path) -> None:
-    """A note; its health is looked at, its instances are not."""
-    change(made(db, "publishes"), f"PRAGMA user_version = {VERSION - 1}")
-    said = diagnose(db)
-    assert found(said) == {"tables-old": "note"}
-    assert said["sections"].keys() == {"sqlite", "file", "health"}
-
-
-@pytest.mark.parametrize("watch", ["-1", "nan"])
-def test_a_time_that_cannot_be_watched(watch: str, db: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Said before anything is looked at."""
-    assert main(["doctor", str(db), f"--watch={watch}"]) == 2
-    assert "expected a number of seconds" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ the place

@@ -88,7 +88,11 @@ def _examine(path: str, seconds: float, *, full: bool, quiet: bool) -> tuple[Rep
 def _fill(report: Report, inspection: Inspection, seconds: float, *, full: bool) -> None:
     about = file_section(inspection.path)
     report.sections.append(_guarded(about, lambda: header(about, inspection)))
+    if inspection.cut_off is not None:
+        about.trouble("damaged-wal", inspection.cut_off, "copy the file and its -wal; then as said here")
     if not inspection.version:
+        if inspection.cut_off is not None:
+            return  # what tables it has stands beyond the break
         report.unreadable = Finding(
             "no-tables",
             "trouble",

@@ -135,11 +135,11 @@ def _judge_access(section: Section, path: str, there: os.stat_result, mode: int)
         section.note(
             "others-may-read",
             f"mode {mode:04o} lets other users read or write it; who can write it can publish",
-            f"chmod 600 {path}, and -wal, -shm and -lock alike",
+            f"chmod 600 {path}, and -wal, -shm, -lock and -ballast alike",
         )
     if there.st_uid != os.geteuid() and os.geteuid() != 0:
         section.note("another-owner", f"it belongs to {_name_of(there.st_uid)}, and this runs as {_name_of(os.geteuid())}")
-    for suffix in ("-wal", "-shm", "-lock"):
+    for suffix in ("-wal", "-shm", "-lock", "-ballast"):
         owner = Path(f"{path}{suffix}").stat().st_uid if Path(f"{path}{suffix}").exists() else there.st_uid
         if owner != there.st_uid:
             section.trouble(

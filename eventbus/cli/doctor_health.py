@@ -7,7 +7,7 @@ from collections.abc import Callable
 from eventbus.cli.doctor_report import Section, duration, few
 from eventbus.errors import StoreError
 from eventbus.stores.base import LogState, NextDue
-from eventbus.stores.sqlite_inspect import Damage, Inspection
+from eventbus.stores.sqlite_inspect import VERSION, Damage, Inspection
 
 NEWEST = 1_000
 """Events whose checksums are verified unless all are asked for."""
@@ -33,11 +33,14 @@ _WHAT_TO_DO = {
 
 
 def health_section(inspection: Inspection, *, full: bool, now: float) -> Section:
-    """Check what can be checked while a bus is running."""
+    """Check what can be checked while a bus is running; of older tables, those whose rows have always had a checksum."""
     section = Section("health")
     section.facts |= {"full": full, "damaged": []}
     name = "integrity_check" if full else "quick_check"
     _guarded(section, name, lambda: _structure(section, inspection, name, full=full))
+    current = inspection.version == VERSION
+    if current:
+        _guarded(section, "what holds the tables together", lambda: _unsound(section, inspection))
     checks: dict[str, Callable[[], tuple[int, list[Damage]]]] = {
         "events": lambda: inspection.damaged_events(None if full else NEWEST),
         "scheduled": inspection.damaged_scheduled,
@@ -48,6 +51,8 @@ def health_section(inspection: Inspection, *, full: bool, now: float) -> Section
     }
     checked = {}
     for table, check in checks.items():
+        if not current and table in _CHANGED:
+            continue
         seen = _guarded(section, table, lambda table=table, check=check: _rows(section, table, *check()))  # type: ignore[misc]
         checked[table] = seen
     section.facts["checked"] = checked
@@ -56,6 +61,9 @@ def health_section(inspection: Inspection, *, full: bool, now: float) -> Section
     _guarded(section, "log_state", lambda: _counts(section, inspection, now))
     return section
 
+
+_CHANGED = ("subscriptions", "deliveries")
+"""Tables whose rows have had no checksum in version 1."""
 
 _WORDS = {
     "events": "events",
@@ -81,6 +89,12 @@ def _structure(section: Section, inspection: Inspection, name: str, *, full: boo
     section.say(f"{name}: {'ok' if not wrong else f'{len(wrong)} things are wrong'}")
     if wrong:
         section.trouble("corrupt", f"the file is damaged: {few(wrong, 3)}", _RESTORE)
+
+
+def _unsound(section: Section, inspection: Inspection) -> None:
+    found = inspection.unsound()
+    if found is not None:
+        section.trouble("unsound", found, _RESTORE)
 
 
 def _rows(section: Section, table: str, seen: int, damaged: list[Damage]) -> int:

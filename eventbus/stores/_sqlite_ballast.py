@@ -11,6 +11,8 @@ import contextlib
 import errno
 import os
 
+from eventbus.stores._sqlite_file import give_to_owner
+
 BYTES = 1_048_576
 """Of the ballast: some 20 transactions of outcomes, or a WAL that is begun anew again and again."""
 
@@ -22,6 +24,7 @@ class Ballast:
     """The ballast of one database; it is used by whoever has the turn to write."""
 
     def __init__(self, path: str) -> None:
+        self._database = path
         self._path = f"{path}-ballast"
         self._directory = os.path.dirname(path)
 
@@ -41,6 +44,7 @@ class Ballast:
         try:
             flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
             with open(os.open(self._path, flags, 0o600), "wb", buffering=0) as file:
+                give_to_owner(file.fileno(), self._database)
                 file.write(os.urandom(BYTES))  # zeros may take up no room
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

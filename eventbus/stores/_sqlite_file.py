@@ -56,8 +56,27 @@ def prepare_file(path: str) -> None:
     except FileExistsError:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise StoreUnavailable(f"{path} is not a file; give the path of a file that is there, or may be created") from None
+        _check_access(path)
     except OSError as error:
         raise StoreUnavailable(f"{path} cannot be created: {error}") from error
+
+
+def _check_access(path: str) -> None:
+    """Before anything is made beside a file that is another user's: it would keep out the one whose file it is."""
+    for mode, what in ((os.R_OK, "the file cannot be opened"), (os.W_OK, "the file or its directory cannot be written")):
+        if not os.access(path, mode, effective_ids=os.access in os.supports_effective_ids):
+            raise StoreUnavailable(
+                f"{path}: {what} by user {os.geteuid()}, it belongs to {os.stat(path).st_uid}; run as its owner, or give another "
+                "path"
+            )
+
+
+def give_to_owner(descriptor: int, path: str) -> None:
+    """What root makes beside a database belongs to its owner, as SQLite does it with -wal and -shm; else the owner could not
+    open it any more."""
+    if os.geteuid() == 0:
+        owner = os.stat(path)
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def _sync_directory(directory: str) -> None:

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator
 
 from eventbus.errors import StoreInUse, StoreUnavailable, StoreUnsafe
+from eventbus.stores._sqlite_file import give_to_owner
 
 try:
     import fcntl
@@ -48,6 +49,7 @@ class LockFile:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
         try:
             self._descriptor: int | None = os.open(self.path, flags, 0o600)
+            give_to_owner(self._descriptor, path)
         except OSError as error:
             raise StoreUnavailable(f"{self.path} cannot be opened: {error}") from error
         self._queue = _Queue(self._descriptor)

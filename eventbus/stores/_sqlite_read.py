@@ -39,6 +39,7 @@ from eventbus.stores._sqlite_rows import (
     one,
     record_of,
     records_of,
+    single,
     subscribed_of,
     waiting_of,
 )
@@ -101,15 +102,18 @@ def _page(connection: Connection, query: Events) -> Page:
     timed = query.since is not None or query.until_time is not None
     by_key = query.key is not None
     text = _page_text(ranges, by_key, types is not None and not ranges and not by_key, timed)
-    head, scanned, kept, last, raw = connection.execute(text, _page_parameters(query, types, ranges)).fetchone()
+    head, scanned, kept, last, raw = single(connection, text, _page_parameters(query, types, ranges), _PAGE, "events")
     rows = decode(raw, EVENT_ROWS, "events")
     rows.sort(key=_position)  # SQLite promises no order to an aggregate; this costs nothing where it is in order
     end = head if query.until is None else min(query.until, head)
-    cut = last is not None and (kept < scanned or scanned >= query.limit)
+    cut = kept < scanned or scanned >= query.limit
     records = records_of(rows)
     if by_key and types is not None:  # here, so that none is passed by whose type was damaged
         records = [record for record in records if record.type in types or record.fault is not None]
-    return Page(records, last if cut else end, head)
+    return Page(records, last if cut and last is not None else end, head)
+
+
+_PAGE: type[tuple[int, int, int, int | None, bytes]] = tuple[int, int, int, int | None, bytes]
 
 
 def _position(row: tuple[Any, ...]) -> int:
@@ -225,8 +229,8 @@ def position_before(connection: Connection, time: float) -> int:
         "coalesce((SELECT max(e.position) FROM events e WHERE e.position < first.position), 0), "
         "(SELECT pruned_to FROM log_state WHERE pruned_to < first.position UNION ALL SELECT 0 LIMIT 1)) END FROM first"
     )
-    (position,) = connection.execute(text, (micros(time) / 1e6,)).fetchone()
-    return int(position)
+    (position,) = single(connection, text, (micros(time) / 1e6,), tuple[int], "events")
+    return position
 
 
 def _log_state(connection: Connection) -> Retained:
@@ -234,13 +238,13 @@ def _log_state(connection: Connection) -> Retained:
         f"SELECT {HEAD}, pruned_to, pruned_time, (SELECT count(*) FROM (SELECT 1 FROM events LIMIT {_EXACT_COUNT + 1})) "
         "FROM log_state"
     )
-    return Retained(*connection.execute(text).fetchone())
+    return Retained(*single(connection, text, (), tuple[int, int, float, int], "log_state"))
 
 
 def next_due(connection: Connection) -> float | None:
     """When the next scheduled event is due."""
-    (due_at,) = connection.execute("SELECT min(due_at) FROM scheduled").fetchone()
-    return cast("float | None", due_at)
+    (due_at,) = single(connection, "SELECT min(due_at) FROM scheduled", (), tuple[float | None], "scheduled")
+    return due_at
 
 
 def _lag(connection: Connection, query: Lag) -> tuple[int, float | None]:
@@ -254,8 +258,7 @@ def _lag(connection: Connection, query: Lag) -> tuple[int, float | None]:
         "high": query.slots[1],
     }
     text = _lag_text(ranges, query.slots != (0, SLOTS), types is not None and not ranges)
-    count, time = connection.execute(text, parameters | _type_parameters(types, ranges)).fetchone()
-    return count, time
+    return single(connection, text, parameters | _type_parameters(types, ranges), tuple[int, float | None], "events")
 
 
 def _lag_of_rows(connection: Connection, query: LagOfRows) -> tuple[int, float | None]:
@@ -270,8 +273,7 @@ def _lag_of_rows(connection: Connection, query: LagOfRows) -> tuple[int, float |
         f"WHERE d.subscription = :name AND d.key IS NOT NULL {types}) LIMIT :limit)"
     )
     parameters = {"name": query.subscription, "limit": query.limit} | _type_parameters(query.types, 0)
-    count, time = connection.execute(text, parameters).fetchone()
-    return count, time
+    return single(connection, text, parameters, tuple[int, float | None], "deliveries")
 
 
 @functools.lru_cache(maxsize=256)
@@ -355,7 +357,8 @@ def _standing(connection: Connection) -> Standing:
         (OWNER_JSON, "lanes"),
     )
     collected = ", ".join(f"({collect(json, f'FROM {table}')})" for json, table in parts)
-    changes, *raw = connection.execute(f"SELECT changes, {collected} FROM log_state").fetchone()
+    text = f"SELECT changes, {collected} FROM log_state"
+    changes, *raw = single(connection, text, (), tuple[int, bytes, bytes, bytes], "log_state")
     members = sorted(map(member_of, decode(raw[0], MEMBER_ROWS, "instances")), key=lambda member: member.instance.id)
     subscribed = sorted(map(subscribed_of, decode(raw[1], SUBSCRIPTION_ROWS, "subscriptions")), key=lambda each: each.name)
     owners = sorted(decode(raw[2], _OWNERS, "lanes"), key=lambda owned: (owned.subscription, owned.lane))
@@ -388,7 +391,7 @@ def members(connection: Connection) -> list[Member]:
 
 def changes(connection: Connection) -> int:
     """See `Standing.changes`."""
-    return int(connection.execute("SELECT changes FROM log_state").fetchone()[0])
+    return single(connection, "SELECT changes FROM log_state", (), tuple[int], "log_state")[0]
 
 
 # ------------------------------------------------------------------ dead letters

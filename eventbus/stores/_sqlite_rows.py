@@ -296,6 +296,15 @@ def member_of(row: MemberRow) -> Member:
     return Member(Instance(id, name, host, pid, started / 1e6), seen / 1e6, serves, holds)
 
 
+def single(connection: sqlite3.Connection, text: str, parameters: Parameters, type: type[T], what: str) -> T:
+    """The only row of a statement. Raises StoreCorrupt if there is none, or if a value is not of the type that was stored: a
+    damaged file may have any."""
+    try:
+        return msgspec.convert(connection.execute(text, parameters).fetchone(), type)
+    except msgspec.ValidationError as error:
+        raise StoreCorrupt(f"the rows of {what} are not what they should be: {error}") from error
+
+
 def one(
     connection: sqlite3.Connection, text: str, parameters: Parameters, decoder: msgspec.json.Decoder[list[T]], what: str
 ) -> list[T]:

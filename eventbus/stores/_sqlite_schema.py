@@ -155,7 +155,7 @@ _SHARED = (
     "UPDATE log_state SET changes = 1 + coalesce((SELECT max(generation) FROM subscriptions), 0)",
 )
 
-_OURS = (
+OURS = (
     "events",
     "scheduled",
     "idempotency",
@@ -167,6 +167,7 @@ _OURS = (
     "dead_letters",
     "log_state",
 )
+"""The tables of this version."""
 
 
 def _migrations() -> Migrations:
@@ -206,7 +207,7 @@ def version_of(connection: sqlite3.Connection, address: str) -> int:
             )
         return int(version)
     names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
-    taken = sorted(names.intersection(_OURS))
+    taken = sorted(names.intersection(OURS))
     if application or version or taken:
         found = f"it has its own {', '.join(taken)}" if taken else f"application_id {application}, user_version {version}"
         raise StoreUnavailable(f"{address} is a database of another program ({found}); give the bus a file of its own")

@@ -6,7 +6,8 @@ the disk fails; the rest stands in:
 
 - `_sqlite_locks`: whose turn it is to write, and who lives; `_sqlite_file`: file systems, deleted files; `_sqlite_wal`: what a
   damaged WAL would lose; `_sqlite_ballast`: room for a disk that is full;
-- `_sqlite_connection`: settings, transactions, errors; `_sqlite_schema`: the tables; `_sqlite_rows`: their rows as records;
+- `_sqlite_connection`: settings, transactions, errors; `_sqlite_schema`: the tables; `_sqlite_sound`: whether they hold together;
+  `_sqlite_rows`: their rows as records;
 - `_sqlite_commit`, `_sqlite_insert`, `_sqlite_units`: the way of an event; `_sqlite_commands`, `_sqlite_register`,
   `_sqlite_members`, `_sqlite_prune`: the other writes; `_sqlite_read`: reading.
 """
@@ -55,6 +56,7 @@ from eventbus.stores._sqlite_members import Lives
 from eventbus.stores._sqlite_read import answer
 from eventbus.stores._sqlite_rows import lane_values
 from eventbus.stores._sqlite_schema import migrate
+from eventbus.stores._sqlite_sound import refuse_unsound
 from eventbus.stores._sqlite_units import Outcomes
 from eventbus.stores._sqlite_wal import refuse_cut_off
 from eventbus.stores.base import Batch, Committed, Features, Instance, Notice, Query, Record
@@ -185,9 +187,8 @@ class SQLiteStore:
             refuse_cut_off(self._path)  # now SQLite would recover
         writer = self._writer = connect(self._path, full=self._full)
         migrate(writer, self._address)
+        refuse_unsound(writer, self._address)
         if not self._memory:
-            # A look at the tables opens the WAL, so that it is there to be recorded.
-            writer.execute("SELECT one FROM log_state").fetchone()
             self._identity = Identity(self._path)
             self._reader = connect(self._path, full=self._full, reader=True)
         self._frames = 0.0

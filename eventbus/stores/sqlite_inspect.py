@@ -40,6 +40,8 @@ from eventbus.stores._sqlite_rows import (
     waiting_of,
 )
 from eventbus.stores._sqlite_schema import APPLICATION_ID, VERSION, version_of
+from eventbus.stores._sqlite_sound import unsound
+from eventbus.stores._sqlite_wal import refuse_cut_off
 from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, Events, EventsAt, Query, Record
 
 try:
@@ -107,6 +109,7 @@ class Inspection:
         version: of its tables; 0 if there are none.
         quiet: nobody had it open when it was opened. Then it is read without locks, and `undisturbed` tells afterwards whether
             what was read can be trusted.
+        cut_off: why a bus would refuse its WAL, see docs/decisions/0017; None if it would not, or if somebody has it open.
 
     Raises:
         StoreUnavailable: there is no file, it cannot be read, or it is another program's. StoreCorrupt: it is no database.
@@ -119,6 +122,7 @@ class Inspection:
         self._before = _marks(path)
         self._mode = _quiet_mode(path) if quiet else None
         self.quiet = self._mode is not None
+        self.cut_off = _cut_off(path) if self.quiet or not os.path.exists(f"{path}-shm") else None
         self._lock = _open_lock(path)
         try:
             self._connection = sqlite3.connect(
@@ -217,6 +221,14 @@ class Inspection:
         found = self.column("PRAGMA integrity_check(100)" if full else "PRAGMA quick_check(100)")
         return [str(each) for each in found if each != "ok"]
 
+    def unsound(self) -> str | None:
+        """What does not hold together in tables of the current version, for which no bus opens the file; None if all does.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        return self._translated(lambda: unsound(self._connection))
+
     def damaged_events(self, newest: int | None) -> tuple[int, list[Damage]]:
         """The newest events, or all: how many were looked at, and which do not match their checksums."""
         first = 0 if newest is None else self.value("SELECT position FROM events ORDER BY position DESC LIMIT 1 OFFSET ?", newest)
@@ -231,12 +243,14 @@ class Inspection:
 
     def _damaged_of(self, positions: list[int]) -> Iterator[Damage]:
         try:
-            after, left = positions[0] - 1, True
+            after = positions[0] - 1
             records: list[Record] = []
-            while left:
+            while after < positions[-1]:
                 page = self.ask(Events(after, PAGE, _PAGE_BYTES, until=positions[-1]))
                 records += page.records
-                left, after = page.up_to < positions[-1], page.up_to
+                if page.up_to <= after:  # the log ends before: sqlite_sequence is damaged, see `unsound`
+                    break
+                after = page.up_to
         except StoreError:
             for position in positions:  # one of them cannot be read at all: which?
                 yield from self._damaged_one(position)
@@ -340,6 +354,16 @@ def _quiet_mode(path: str) -> str | None:
     if not wal:
         return "&immutable=1" if not shm or hasattr(fcntl, "F_OFD_GETLK") else None
     return "&readonly_shm=1" if shm and hasattr(fcntl, "F_OFD_GETLK") else None
+
+
+def _cut_off(path: str) -> str | None:
+    """Why a bus would refuse the WAL of a file that nobody has open."""
+    before = _marks(path)
+    try:
+        refuse_cut_off(path)
+    except StoreCorrupt as error:
+        return str(error) if _marks(path) == before else None
+    return None
 
 
 def _is_open(path: str) -> bool:

@@ -1,7 +1,8 @@
 """SIGKILL at every fail point: the program kills itself there, is started again, and is killed at the next.
 
-A start that follows on a kill is itself killed, at each of its own points; so recovery is interrupted as well. Every case takes
-a part of the points, in an order chosen by its seed; `CASES` of them take all.
+A start that follows on a kill is itself killed, at each of its own points; so recovery is interrupted as well, and so is the
+migration of a file of the first version. Every case takes a part of the points, in an order chosen by its seed; `CASES` of them
+take all.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from tests.campaign import Case
 from tests.crash.campaign import PATIENCE, Round, new_folder, round_case
 from tests.crash.failpoints import POINTS, VARIABLE, Point
 from tests.crash.nursery import Nursery
+from tests.first_version import to_first_version
 
 FRESH = [point for point in POINTS if point.when == "fresh"]
 START = [point for point in POINTS if point.when == "start"]
 WORK = [point for point in POINTS if point.when == "work"]
 END = [point for point in POINTS if point.when == "end"]
+MIGRATION = [point for point in FRESH if "migrat" in point.name]
 
 CASES = len(FRESH)
 
@@ -34,13 +37,16 @@ def share(seed: int, number: int) -> Sequence[Point]:
 
 
 def case(seed: int, number: int, nursery: Nursery) -> Case:
-    """Kill at a share of the points, at the first passing of each, and at a later one."""
+    """Kill at a share of the points, at the first passing of each, and at a later one; and when all that this has left in the file
+    is brought up from the first version of the tables."""
     chance = random.Random(f"{seed}-{number}")
 
     def kill(round_: Round) -> None:
         for point in share(seed, number):
             for nth in sorted({1, chance.randint(1, point.most)}):
                 kill_at(round_, point, nth)
+        to_first_version(round_.database)
+        kill_at(round_, MIGRATION[number % len(MIGRATION)], 1)
 
     what, backend = f"points {seed}-{number}", ("asyncio", "trio")[(number + number // CASES) % 2]
     return round_case(what, Round(new_folder(), what, backend, nursery), kill)

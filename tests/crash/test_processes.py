@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sqlite3
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eventbus.stores import _sqlite_schema
 from tests.crash import processes
 from tests.crash.members import Members
 from tests.crash.nursery import Nursery
+from tests.first_version import make_first_version
 
 pytestmark = pytest.mark.timeout(300)  # each wait has a patience of its own, and says what did not come
 
@@ -130,14 +128,3 @@ def test_four_start_at_the_same_instant(tmp_path: Path, nursery: Nursery, versio
             for first, member in enumerate(four):
                 member.tell("publish", 4 * first, 4)
             assert sorted(said.value for said in members.wait_for("handled", 16)) == list(range(16))
-
-
-def make_first_version(database: Path) -> None:
-    """A file as the first version of the tables left it."""
-    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
-        for statement in _sqlite_schema._FIRST:
-            connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {_sqlite_schema.APPLICATION_ID}")
-        connection.execute("PRAGMA user_version = 1")
-        connection.execute("CREATE TABLE _sqlite_migrations (migration_set TEXT, name TEXT, applied_at TEXT)")
-        connection.execute("INSERT INTO _sqlite_migrations VALUES ('eventbus', '0001_first', '')")

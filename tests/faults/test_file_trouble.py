@@ -78,16 +78,35 @@ def test_a_folder_that_may_only_be_read(folder: Path, there: bool) -> None:
     assert ("cannot be written" if there else "cannot be created") in said
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="only root can give a file to somebody else")
+ROOT_ONLY = pytest.mark.skipif(not IS_ROOT, reason="only root can give a file to somebody else")
+
+
+@ROOT_ONLY
 def test_somebody_elses_file(folder: Path) -> None:
-    """And for a file that belongs to somebody else."""
+    """And for a file that belongs to somebody else; nothing is left beside it that would keep its owner out."""
     path = folder / "a.db"
     path.touch(0o600)
-    assert publish(path).startswith(f"StoreUnavailable: {path}: the file cannot be opened")
+    assert publish(path).startswith(f"StoreUnavailable: {path}: the file cannot be opened by user {NOBODY}")
+    path.chmod(0o644)
+    assert publish(path).startswith(f"StoreUnavailable: {path}: the file or its directory cannot be written by user {NOBODY}")
+    assert list(folder.iterdir()) == [path]
     path.unlink()
-    (folder / "a.db-lock").unlink(missing_ok=True)
     (folder / "a.db-lock").touch(0o600)
     assert publish(path).startswith(f"StoreUnavailable: {path}-lock cannot be opened")
+
+
+@ROOT_ONLY
+async def test_opened_by_root(folder: Path) -> None:
+    """What root makes beside somebody else's file belongs to that user, who can open it as before."""
+    made(path := folder / "a.db")
+    for suffix in ("-lock", "-ballast", "-wal", "-shm"):
+        (folder / f"a.db{suffix}").unlink(missing_ok=True)
+    async with EventBus(path) as bus:
+        await bus.publish(Noted(1))
+        assert {(each.name, each.stat().st_uid) for each in folder.iterdir()} == {
+            (f"a.db{suffix}", NOBODY) for suffix in ("", "-lock", "-ballast", "-wal", "-shm")
+        }
+    made(path)
 
 
 @pytest.mark.parametrize("suffix", ["", "-lock", "-wal", "-shm"])

@@ -447,6 +447,7 @@ def _schedule(store: SQLiteStore) -> Batch:
 
 
 def _ack(store: SQLiteStore) -> Batch:
+    store.commit(Batch(NOW, appends=[records(1)]))
     (state,) = lane(store)
     return Batch(NOW, units=[Unit("mailer", state.lane, state.epoch, "log", 1, 1)])
 

@@ -29,6 +29,7 @@ from eventbus.stores import _sqlite_connection, _sqlite_file
 from eventbus.stores.base import Batch, Instance, LogState, Register, Registration, Subscriptions, Waiting, WaitingRows
 from eventbus.stores.sqlite import SQLiteStore
 from eventbus.testing._conformance_base import INSTANCE, NOW, records
+from tests.first_version import make_first_version
 
 ME = Instance("1", "shop", "localhost", os.getpid(), NOW)
 
@@ -210,20 +211,13 @@ def test_migrations_are_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     ]
 
 
-def test_a_file_of_the_first_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_the_first_version(tmp_path: Path) -> None:
     """A file whose tables are of the first version is brought up to date, and keeps what it holds."""
-    from eventbus.stores import _sqlite_schema as schema
-
-    connection = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
-    for statement in schema._FIRST:
-        connection.execute(statement)
-    connection.execute("INSERT INTO subscriptions VALUES ('mailer', '[\"a\"]', '{\"a\":0}', '[]', 'type', 1, 7, NULL, NULL, 5)")
-    connection.execute("INSERT INTO deliveries VALUES ('mailer', 3, 'a', 'k', 'retrying', 2, 7.25, 5.000001, 'no')")
-    connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
-    connection.execute("PRAGMA user_version = 1")
-    connection.execute("CREATE TABLE _sqlite_migrations (migration_set TEXT, name TEXT, applied_at TEXT)")
-    connection.execute("INSERT INTO _sqlite_migrations VALUES ('eventbus', '0001_first', '')")
-    connection.close()
+    make_first_version(
+        tmp_path / "a.db",
+        "INSERT INTO subscriptions VALUES ('mailer', '[\"a\"]', '{\"a\":0}', '[]', 'type', 1, 7, NULL, NULL, 5)",
+        "INSERT INTO deliveries VALUES ('mailer', 3, 'a', 'k', 'retrying', 2, 7.25, 5.000001, 'no')",
+    )
     with opened(tmp_path / "a.db") as store:
         (subscribed,) = store.read(Subscriptions())
         assert (subscribed.name, subscribed.generation, subscribed.floors) == ("mailer", 7, ())

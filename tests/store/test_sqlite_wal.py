@@ -8,6 +8,8 @@ import random
 import shutil
 import sqlite3
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -264,7 +266,7 @@ def test_the_way_on(tmp_path: Path) -> None:
     with pytest.raises(StoreCorrupt) as refused:
         store.open(INSTANCE)
     code = str(refused.value).split('python -c "')[1].rstrip('"')
-    exec(code)
+    subprocess.run([sys.executable, "-c", code], check=True)
     store.open(INSTANCE)
     head = store.read(LogState()).head
     assert 0 < head < 7
