@@ -60,8 +60,15 @@ class Upkeep:
                 due = await self._reader.ask(NextDue())
                 self._due = math.inf if due is None else due
                 while self._due <= (now := self._environment.clock.time()):
-                    due = await self._journal.command(Promote(now, _PROMOTE))
-                    self._due = math.inf if due is None else due
+                    promoted = await self._journal.command(Promote(now, _PROMOTE))
+                    for id, fault in promoted.damaged:
+                        _log.error(
+                            "scheduled event %s has come into the log damaged (%s); if its type is what is damaged, those who "
+                            "subscribe to what it was do not get it: see `bus.history`",
+                            id,
+                            fault,
+                        )
+                    self._due = math.inf if promoted.next_due is None else promoted.next_due
                 # At most a minute, so that a jump of the wall clock is noticed.
                 delay = min(60.0, self._due - self._environment.clock.time())
             except BusNotOpen:

@@ -21,12 +21,12 @@
     ├── LaneLost                      a replay had not all of its lanes any more
     ├── RangeNotRetained              a replay or rewind reaches back to events that retention has removed
     ├── StoreError                    the store refused or failed
-    │   ├── StoreInUse                another instance has the file open
+    │   ├── StoreInUse                another process does not let go of the file, or has this id
     │   ├── StoreBusy                 another connection holds the write lock; nothing was stored
     │   ├── StoreFull                 no room left; nothing was stored
     │   ├── StoreUnavailable          an I/O error; nothing was stored
     │   ├── StoreLost                 the file was removed or replaced while it was open
-    │   ├── StoreCorrupt              stored data does not match its checksum
+    │   ├── StoreCorrupt              stored data does not match its checksum, or does not hold together
     │   ├── StoreTooNew               written by a newer version of eventbus
     │   └── StoreUnsafe               a setting or file system on which durability cannot be kept
     ├── Reject                        raised by a handler: dead-letter this delivery now
@@ -220,7 +220,8 @@ class StoreError(EventBusError):
 
 
 class StoreInUse(StoreError):
-    """Another instance has the file open; the message says who."""
+    """Another process has held the file's lock for too long while it was being opened, or an instance of this id is alive. That
+    others have the file open is none."""
 
 
 class StoreBusy(StoreError):

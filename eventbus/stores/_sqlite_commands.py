@@ -32,6 +32,7 @@ from eventbus.stores.base import (
     Marking,
     Pause,
     Promote,
+    Promoted,
     Prune,
     Record,
     Redrive,
@@ -166,7 +167,7 @@ class Commands:
 
     # -------------------------------------------------------------- scheduled events
 
-    def promote(self, command: Promote) -> float | None:
+    def promote(self, command: Promote) -> Promoted:
         """See `Promote`."""
         promoted = self._due(command)
         if promoted:
@@ -175,7 +176,8 @@ class Commands:
             self._connection.execute("DELETE FROM scheduled WHERE id IN (SELECT value FROM json_each(?))", (ids,))
             self._give_positions([record.idempotency_key for record in promoted if record.idempotency_key is not None])
             self.promoted += promoted
-        return next_due(self._connection)
+        damaged = tuple((record.id, record.fault) for record in promoted if record.fault is not None)
+        return Promoted(next_due(self._connection), damaged)
 
     def _give_positions(self, keys: list[str]) -> None:
         head = (

@@ -111,7 +111,7 @@ class Registering:
         floors: tuple[Floor, ...] = ()
         if first is not None:
             rows = waiting_rows(self._connection, known.name)
-            waiting = tuple((row.waiting.position, row.waiting.key) for row in rows)
+            waiting = tuple((row.waiting.begins, row.waiting.key) for row in rows)
             settled = {state.lane: (state.checkpoint, state.done) for state in states}
             floors = (*known.floors, Floor(known.order, known.concurrency, settled, waiting))
         generation = self._next_generation()
@@ -130,7 +130,7 @@ class Registering:
 
     def _refuse_parked(self, known: Subscribed, wanted: Registration) -> None:
         rows = waiting_rows(self._connection, known.name)
-        parked = [row.waiting.key for row in rows if row.waiting.state in {"parked", "freed"}]
+        parked = [row.waiting.key for row in rows if row.waiting.state == "parked"]
         if parked:
             raise InvalidSubscription(
                 f"subscription {known.name!r} is stored with order={known.order!r}, concurrency={known.concurrency}, and "
@@ -158,7 +158,7 @@ def _together(types: tuple[str, ...], served: Iterable[Serves], known: Subscribe
 def first_unsettled(connection: Connection, subscribed: Subscribed) -> int | None:
     """The first position that a subscription has still to settle."""
     rows = waiting_rows(connection, subscribed.name)
-    waiting = rows[0].waiting.position if rows else None
+    waiting = min((row.waiting.begins for row in rows), default=None)
     states = {state.lane: state for state in lanes(connection, subscribed.name)}
     begin = min((_reached(subscribed, states, lane) for lane in lanes_of(connection, subscribed)), default=None)
     above = None if begin is None else _first_above(connection, subscribed, states, begin)

@@ -15,8 +15,7 @@ from eventbus.stores._sqlite_rows import single
 from eventbus.stores._sqlite_schema import OURS
 
 _NUMBERS = (
-    f"SELECT {HEAD}, max(coalesce((SELECT max(position) FROM events), 0), pruned_to, "
-    "coalesce((SELECT max(checkpoint) FROM lanes), 0)), "
+    f"SELECT {HEAD}, max(coalesce((SELECT max(position) FROM events), 0), pruned_to), "
     "changes, coalesce((SELECT max(generation) FROM subscriptions), 0) FROM log_state"
 )
 
@@ -29,7 +28,8 @@ def refuse_unsound(connection: sqlite3.Connection, address: str) -> None:
 
 
 def unsound(connection: sqlite3.Connection) -> str | None:
-    """What does not hold together, and what to do about it; None if nothing was found. Reads one row of each lane, and no event.
+    """What does not hold together, and what to do about it; None if nothing was found. However long the log is, it costs
+    the same.
 
     Raises:
         StoreCorrupt: what is asked cannot be read. sqlite3.Error: so, too.

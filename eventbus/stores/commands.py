@@ -241,10 +241,22 @@ class Cancel(Command[bool], frozen=True):
     event_id: str
 
 
-class Promote(Command[float | None], frozen=True):
+class Promoted(msgspec.Struct, frozen=True):
+    """What a `Promote` has found.
+
+    Attributes:
+        next_due: when the next scheduled event is due (unix seconds), or None.
+        damaged: of the events that it moved, those that did not match their checksums: id, and what is wrong.
+    """
+
+    next_due: float | None
+    damaged: tuple[tuple[str, str], ...] = ()
+
+
+class Promote(Command[Promoted], frozen=True):
     """Move the scheduled events that are due at `now` into the log, at most `limit`, in order of due time, then id; each
-    keeps its id and gets `now` as its time. The result is when the next one is due (unix seconds), or None. The events
-    stand in `Committed.events`."""
+    keeps its id and gets `now` as its time. The events stand in `Committed.events`. One that is damaged is moved as it is, and
+    never delivered as good; where its type is what is damaged, the subscriptions to what it was do not see it."""
 
     now: float
     limit: int

@@ -247,7 +247,7 @@ class Floor(msgspec.Struct, frozen=True):
 
     Attributes:
         lanes: by name: the checkpoint, and the positions above it that were settled.
-        waiting: position and key of the rows of `deliveries` of then; see `Waiting`.
+        waiting: what the rows of `deliveries` of then said is unsettled: where it begins, and the key; see `Waiting`.
     """
 
     order: Order

@@ -21,6 +21,7 @@ from eventbus.stores.base import (
     Page,
     PositionBefore,
     Promote,
+    Promoted,
     Prune,
     Record,
     Store,
@@ -362,7 +363,7 @@ class Scheduled(ConformanceBase):
         late, early, same, future = (record(due_at=NOW + second, headers="{}") for second in (2, 1, 1, 60))
         self.append(store, [late, early, same, future])
         committed = store.commit(Batch(NOW + 5, commands=[Promote(NOW + 5, 100)]))
-        assert committed.results == [NOW + 60]
+        assert committed.results == [Promoted(NOW + 60)]
         assert [r.id for r in committed.events] == [early.id, same.id, late.id]
         assert (committed.previous_head, committed.head) == (0, 3)
         found = self.page(store).records
@@ -372,8 +373,8 @@ class Scheduled(ConformanceBase):
     def test_promoted_in_steps(self, store: Store) -> None:
         """A promotion moves at most so many, and tells when to come again."""
         self.append(store, [record(due_at=NOW + second) for second in (1, 2, 3)])
-        assert self.run(store, Promote(NOW + 5, 2)) == NOW + 3
-        assert self.run(store, Promote(NOW + 5, 2)) is None
+        assert self.run(store, Promote(NOW + 5, 2)) == Promoted(NOW + 3)
+        assert self.run(store, Promote(NOW + 5, 2)) == Promoted(None)
         assert len(self.log(store)) == 3
 
     def test_promoted_before_appends(self, store: Store) -> None:
@@ -385,7 +386,7 @@ class Scheduled(ConformanceBase):
 
     def test_nothing_due(self, store: Store) -> None:
         """A promotion with nothing due changes nothing."""
-        assert self.run(store, Promote(NOW, 10)) is None
+        assert self.run(store, Promote(NOW, 10)) == Promoted(None)
         assert store.read(NextDue()) is None
 
     def test_cancel(self, store: Store) -> None:

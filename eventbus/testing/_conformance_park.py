@@ -6,7 +6,9 @@ publish → journal → *store* → lanes → workers → outcome, with the jour
 from __future__ import annotations
 
 import msgspec
+import pytest
 
+from eventbus.errors import InvalidSubscription
 from eventbus.stores.base import (
     DeadLetterFilter,
     DeadLetterRow,
@@ -18,6 +20,7 @@ from eventbus.stores.base import (
     Redrive,
     Rewind,
     Store,
+    Subscriptions,
     Unsubscribe,
     Waiting,
     WaitingRows,
@@ -164,3 +167,16 @@ class ParkedKeys(ConformanceBase):
         assert store.read(LagOfRows("mailer", ("order.created",)))[0] == 2
         self.run(store, Discard(DeadLetterFilter()))
         assert store.read(LagOfRows("mailer", None))[0] == 2
+
+    def test_parked_another_order(self, store: Store) -> None:
+        """The order cannot change while a key is parked; once it is freed it can, and what came after it stays unsettled."""
+        self.with_parked(store)
+        with pytest.raises(InvalidSubscription, match="parked"):
+            self.register(store, order="none", concurrency=5)
+        assert self.parked_rows(store) == [PARKED]
+        self.run(store, Discard(DeadLetterFilter()))
+        self.register(store, order="none", concurrency=5)
+        (subscribed,) = store.read(Subscriptions())
+        settled = [subscribed.settled_before(n, "order.created", 0, "l" if n == 3 else "k") for n in range(1, 6)]
+        assert settled == [True, True, True, False, False]
+        assert (self.parked_rows(store), self.lane(store).checkpoint) == ([], 2)

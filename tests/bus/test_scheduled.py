@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import anyio
 import attrs
 import pytest
 
 from eventbus import Delivery, Draft, Envelope, EventBus, UnknownEvent, WaitTimeout
-from tests.bus.support import MovableClock, Recorder
+from eventbus.stores.sqlite import SQLiteStore
+from tests.bus.support import Later, MovableClock, Recorder
 
 
 @attrs.frozen
@@ -194,3 +198,24 @@ async def test_subscribed_before_it_is_due(db: str) -> None:
     clock.move(2 * LATER)
     async with late:
         await recorder.wait_for(1)
+
+
+async def test_damaged_while_it_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A scheduled event of which the disk has made one of another type is told of when its time comes, since those who subscribe
+    to the type that it had cannot come upon it; who subscribes to all has it as a dead letter."""
+    path = tmp_path / "a.db"
+    async with EventBus(path) as bus:
+        receipt = await bus.publish(Remind("a"), due=timedelta(hours=1))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE scheduled SET type = type || 'x'")
+    bus = EventBus(SQLiteStore(path), clock=Later(7_200))
+    got: list[object] = []
+    bus.subscribe(Remind, name="one")(got.append)
+    bus.subscribe("*", name="all")(got.append)
+    async with bus:
+        with anyio.fail_after(10):
+            while not (dead := await bus.dead_letters.list()):
+                await anyio.sleep(0.005)
+    assert got == []
+    assert [(letter.subscription, letter.envelope.id) for letter in dead] == [("all", receipt.id)]
+    assert f"scheduled event {receipt.id} has come into the log damaged" in caplog.text

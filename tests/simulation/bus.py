@@ -1,7 +1,7 @@
 """Whole-bus simulation, run after run: a part of `tests.campaign`.
 
     PYTHONHASHSEED=0 python -m tests.simulation.bus SEED      # one run again, with its trace
-    PYTHONHASHSEED=0 python -m tests.simulation.bus two-1 --all      # runs in which another instance comes and goes
+    PYTHONHASHSEED=0 python -m tests.simulation.bus 1 --all          # one run after another
 
 Each run is decided by its seed, and by the order of sets of strings; so the runs are made in a process that has that fixed.
 """
@@ -22,7 +22,7 @@ from tests.campaign import Case
 from tests.simulation.program import Run
 
 
-def cases(seed: int | str) -> Iterator[Case]:
+def cases(seed: int) -> Iterator[Case]:
     """One run after another."""
     command = [sys.executable, "-m", "tests.simulation.bus", str(seed), "--all"]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}

@@ -24,6 +24,7 @@ from eventbus.stores.base import (
     Member,
     Pause,
     Promote,
+    Promoted,
     Prune,
     Record,
     Redrive,
@@ -135,14 +136,14 @@ def _update(scene: Scene, instance: str, known: Subscribed, wanted: Registration
 
 def _switch(disk: Disk, known: Subscribed, wanted: Registration) -> Subscribed:
     rows = disk.rows_of(known.name)
-    if any(row.waiting.state in {"parked", "freed"} for row in rows):
+    if any(row.waiting.state == "parked" for row in rows):
         raise InvalidSubscription(f"keys of {known.name!r} are parked")
     unsettled = [event.position for event in disk.log.values() if disk.is_unsettled(known, event)]
-    first = min([*unsettled, *(row.waiting.position for row in rows)], default=None)
+    first = min([*unsettled, *(row.waiting.begins for row in rows)], default=None)
     floors: tuple[Floor, ...] = ()
     if first is not None:
         settled = {lane.state.lane: (lane.state.checkpoint, lane.state.done) for lane in disk.lanes_of(known.name)}
-        waiting = tuple((row.waiting.position, row.waiting.key) for row in rows)
+        waiting = tuple((row.waiting.begins, row.waiting.key) for row in rows)
         floors = (*known.floors, Floor(known.order, known.concurrency, settled, waiting))
     generation = disk.changes + 1
     now = msgspec.structs.replace(known, order=wanted.order, concurrency=wanted.concurrency, generation=generation, floors=floors)
@@ -346,7 +347,7 @@ def _cancel(scene: Scene, command: Cancel) -> bool:
     return event is not None
 
 
-def _promote(scene: Scene, command: Promote) -> float | None:
+def _promote(scene: Scene, command: Promote) -> Promoted:
     disk = scene.disk
     waiting = sorted((event.due_at or 0.0, id) for id, event in disk.scheduled.items())
     for due_at, id in waiting[: command.limit]:
@@ -355,7 +356,7 @@ def _promote(scene: Scene, command: Promote) -> float | None:
             position = scene.enter(msgspec.structs.replace(event, time=command.now, due_at=None))
             if event.idempotency_key is not None:
                 disk.keys[event.idempotency_key].position = position
-    return min((event.due_at or 0.0 for event in disk.scheduled.values()), default=None)
+    return Promoted(min((event.due_at or 0.0 for event in disk.scheduled.values()), default=None))
 
 
 def _redrive(scene: Scene, command: Redrive) -> tuple[str, ...]:

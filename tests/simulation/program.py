@@ -89,7 +89,7 @@ class Wanted:
     order: Literal["type", "key", "log", "none"]
     concurrency: int | None
     retry: RetryPolicy
-    on_exhausted: Literal["dead_letter", "pause"]
+    on_exhausted: Literal["dead_letter", "pause", "park"]
     breaker: Breaker | None
     plain: bool
 
@@ -102,18 +102,20 @@ def _wanted(seed: random.Random, name: str) -> Wanted:
         order,
         seed.randint(1, 4) if order in {"key", "none"} else None,
         RetryPolicy(attempts=seed.randint(1, 4), first=0.05, cap=1.0),
-        "pause" if seed.random() < 0.1 else "dead_letter",
+        _on_exhausted(seed.random(), order),
         seed.choice((None, None, Breaker(), Breaker(failures=2, first=0.2, cap=1.0))),
         seed.random() < 0.3,
     )
 
 
-class Run:
-    """One run.
+def _on_exhausted(chance: float, order: str) -> Literal["dead_letter", "pause", "park"]:
+    if order == "key" and chance < 0.4:
+        return "park"
+    return "pause" if chance > 0.9 else "dead_letter"
 
-    Args:
-        seed: decides everything; one that begins with "two-" has another instance come and go.
-    """
+
+class Run:
+    """One run. Its seed decides everything; in three of ten another instance comes and goes."""
 
     def __init__(self, seed: str) -> None:
         self.seed = seed
@@ -121,6 +123,7 @@ class Run:
         self.disk = Disk()
         self.truth = Truth(self.disk)
         self.weather = self._weather()
+        self.others = self.random.random() < 0.3
         self.wanted = [_wanted(self.random, f"s{number}") for number in range(self.random.randint(1, 3))]
         self.good = False
         self.buses: list[EventBus] = []
@@ -160,6 +163,8 @@ class Run:
     def _deploy(self) -> None:
         """Another program: one of its subscriptions has another order. That order holds from here on."""
         place = self.random.randrange(len(self.wanted))
+        if any(row.waiting.state == "parked" for row in self.disk.rows.values()):
+            return  # refused while keys are parked
         now = _wanted(self.random, self.wanted[place].name)
         self.wanted[place] = attrs.evolve(now, kinds=self.wanted[place].kinds)
         self.truth.note(f"deploys {self.wanted[place]}")
@@ -316,7 +321,7 @@ class Run:
             for _ in range(chance.randint(1, 3)):
                 group.start_soon(self._acts, self._publish, chance.randint(1, 12))
             group.start_soon(self._acts, self._interfere, chance.randint(0, 6))
-            if self.seed.startswith("two-") and chance.random() < 0.7:
+            if self.others and chance.random() < 0.7:
                 group.start_soon(self._another, self._scheduler)
             if chance.random() < 0.15:
                 group.start_soon(self._crash_after, chance.random() * 3)
@@ -400,6 +405,9 @@ class Run:
     async def replay(self, name: str) -> None:
         await self.bus.replay(to=name)
 
+    async def replay_alone(self, name: str) -> None:
+        await self.bus.replay(to=name, exclusive=True)
+
     async def rewind(self, name: str) -> None:
         await self.bus.rewind(name, after=self.random.randint(0, max(1, self.disk.head)))
 
@@ -436,7 +444,19 @@ class Run:
 
 
 INTERFERENCES: Sequence[Callable[[Run, str], Awaitable[None]]] = (
-    *(Run.pause, Run.resume, Run.redrive, Run.discard, Run.replay, Run.rewind, Run.drain, Run.drain, Run.cancel, Run.look),
+    *(
+        Run.pause,
+        Run.resume,
+        Run.redrive,
+        Run.discard,
+        Run.replay,
+        Run.replay_alone,
+        Run.rewind,
+        Run.drain,
+        Run.drain,
+        Run.cancel,
+        Run.look,
+    ),
 )
 
 

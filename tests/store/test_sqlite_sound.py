@@ -60,7 +60,7 @@ PRUNED = "DELETE FROM events; UPDATE log_state SET pruned_to = 4;"
 LOWERED = "UPDATE sqlite_sequence SET seq = 2 WHERE name = 'events';"
 
 
-@pytest.mark.parametrize("before", ["", PRUNED, "DELETE FROM events;"])
+@pytest.mark.parametrize("before", ["", PRUNED])
 @pytest.mark.parametrize("damage", [LOWERED, "DELETE FROM sqlite_sequence;", "UPDATE sqlite_sequence SET seq = x'00';"])
 async def test_positions_are_never_given_twice(tmp_path: Path, before: str, damage: str) -> None:
     """A log that would go on from a position it has given already is refused; as the error says, it can be mended, and then what
