@@ -120,7 +120,7 @@ PLANTS: Sequence[Plant] = (
     Plant(
         "no fencing",
         (Change("eventbus/stores/_sqlite_units.py", "if lane is None or lane.epoch != unit.epoch:", "if lane is None:"),),
-        ("tests/crash/test_stops.py", "tests/bus/test_instances.py", "tests/store/test_sqlite.py"),
+        ("tests/simulation/test_store_steps.py", "tests/crash/test_stops.py"),
     ),
     Plant(
         "a claimed lane skips what was published while it was claimed",
@@ -175,13 +175,12 @@ PLANTS: Sequence[Plant] = (
         "lost update on redrive",
         (
             Change(
-                "eventbus/stores/_sqlite_commands.py",
-                "        return tuple(subscription for _, subscription in found)",
-                '        self._connection.execute("DELETE FROM dead_letters WHERE redriving = 1 AND id % 7 = 0")\n'
-                "        return tuple(subscription for _, subscription in found)",
+                "eventbus/stores/_sqlite_units.py",
+                'return unit.source == "redrive" and unit.dead_letter not in self._found.redriven',
+                "return False",
             ),
         ),
-        KILLS,
+        ("tests/simulation/test_store_steps.py",),
     ),
     Plant(
         "an event handed twice in the switch from behind to live",
@@ -224,7 +223,7 @@ PLANTS: Sequence[Plant] = (
                 'at_head = "AND (SELECT max(position) FROM events) IS ?"',
             ),
         ),
-        ("tests/store/test_sqlite.py", *SIMULATION),
+        ("tests/simulation/test_store_steps.py",),
     ),
     Plant(
         "due events removed before they are queued",

@@ -19,7 +19,7 @@ import anyio.lowlevel
 import attrs
 import pytest
 
-from eventbus import EventBus
+from eventbus import EventBus, Reject
 from eventbus._running import Running
 from tests.bus.support import GatedStore, threads_of_the_bus
 
@@ -296,31 +296,54 @@ async def test_replay(db: str, cancel: Cancel) -> None:
 
 
 async def test_what_changes_a_subscription(db: str, cancel: Cancel) -> None:
-    """`pause`, `resume`, `rewind`, `redrive` and `unsubscribe` are carried out to their end, whenever they are cancelled."""
-    shop = Shop(db)
-    async with (bus := shop.bus()):
-        await bus.publish_many([Placed(n) for n in range(5)])
-        assert await bus.drain(timeout=5) == {}
+    """`pause`, `resume`, `redrive` and `unsubscribe` are carried out to their end, wherever they are cancelled; `rewind`, too, once
+    it has looked up where to."""
+    bus, handled, failing = EventBus(GatedStore(db)), list[int](), [True]
+
+    @bus.subscribe(Placed, name="till")
+    async def till(placed: Placed) -> None:
+        if failing[0] and placed.n < 0:
+            raise Reject("as planned")
+        handled.append(placed.n)
+
+    outcomes: list[bool] = []
+    async with bus:
         for nth in range(1, MOST):
-            hits = []
-            shop.handled["type"].clear()
-            calls: list[Callable[[], Coroutine[Any, Any, object]]] = [
-                lambda: bus.pause("type"),
-                lambda: bus.rewind("type", after=2),
-                lambda: bus.resume("type"),
-                lambda: bus.dead_letters.redrive(all=True),
-            ]
-            for call in calls:
-                hit, _ = await cancel(call, nth)
+            hits: list[bool] = []
+
+            async def check(call: Callable[[], Coroutine[Any, Any, object]], nth: int = nth, hits: list[bool] = hits) -> None:
+                hit, returned = await cancel(call, nth)
+                assert returned or hit
                 hits.append(hit)
+
+            failing[0] = True
+            first = (await bus.publish(Placed(-nth))).position or 0
+            await bus.publish(Placed(nth))
+            assert await bus.drain(timeout=5) == {}
+            assert [letter.envelope.position for letter in await bus.dead_letters.list()] == [first]
+            failing[0] = False
+            handled.clear()
+            await check(lambda: bus.pause("till"))
+            assert (await bus.stats()).subscriptions["till"].state == "paused"
+            await check(lambda first=first: bus.rewind("till", after=first))  # type: ignore[misc]
+            await check(lambda: bus.dead_letters.redrive(all=True))
+            assert handled == []
+            await check(lambda: bus.resume("till"))
+            assert (await bus.stats()).subscriptions["till"].state == "running"
+            assert await bus.drain(timeout=5) == {}
+            outcomes.append(sorted(handled) == [-nth, nth])
+            assert outcomes[-1] or (handled == [-nth] and hits[1])
             if not any(hits):
                 break
-            await bus.resume("type")
-            assert await bus.drain(timeout=5) == {}
-            await bus.publish(Placed(10 + nth))
-            assert await bus.drain(timeout=5) == {}
-            assert shop.handled["type"][-1] == 10 + nth
-        assert nth > 2
+    assert outcomes == [False, *[True] * (len(outcomes) - 1)]
+    assert len(outcomes) > 2
+    for nth in range(1, MOST):
+        async with (bus := Shop(db).bus()):
+            hit, _ = await cancel(lambda bus=bus: bus.unsubscribe("plain"), nth)  # type: ignore[misc]
+            assert "plain" not in {each.name for each in await bus.subscriptions()}
+        if not hit:
+            break
+    assert nth > 1
 
 
 # ------------------------------------------------------------------ opening and leaving
