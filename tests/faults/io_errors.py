@@ -232,8 +232,8 @@ class Report(msgspec.Struct):
 
 
 @cheaper()
-def run_all(seed: str, every: int) -> Report:
-    """Let each operation of a program fail, or every so-manieth."""
+def run_all(seed: str, part: int, of: int) -> Report:
+    """Let each operation of a program fail, or of its operations a part."""
     from tests.faults import apsw_sqlite
 
     disk = Disk()
@@ -245,7 +245,7 @@ def run_all(seed: str, every: int) -> Report:
     report = Report(0, [])
     if isinstance(asked, str):
         return Report(1, [f"on a disk that is in order: {asked}"])
-    for at in range(1 + random.Random(seed).randrange(every), asked + 1, every):
+    for at in range(1 + part, asked + 1, of):
         for mode in get_args(Mode):
             disk.break_at(at, mode)
             wrong = _run(seed, prepare, disk, mode)
@@ -268,10 +268,10 @@ def _run(seed: str, prepare: int, disk: Disk, mode: Mode) -> int | str:
 # ------------------------------------------------------------------ cases
 
 
-def case(seed: int, number: int, every: int = 1) -> Case:
-    """All runs of one program."""
+def case(seed: int, number: int, part: int = 0, of: int = 1) -> Case:
+    """All runs of one program, or a part of them."""
     name = f"{seed}-{number}"
-    command = [sys.executable, "-m", "tests.faults.io_errors", name, str(every)]
+    command = [sys.executable, "-m", "tests.faults.io_errors", name, str(part), str(of)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=PATIENCE, check=False)
     except subprocess.TimeoutExpired:
@@ -279,7 +279,7 @@ def case(seed: int, number: int, every: int = 1) -> Case:
     report = Report(0, [f"it ended with {done.returncode}: {done.stderr.decode()[-2000:]}"])
     with contextlib.suppress(msgspec.DecodeError):
         report = msgspec.json.decode(done.stdout, type=Report)
-    return Case(f"{name}, every {every}", report.runs, report.faults)
+    return Case(f"{name}, part {part} of {of}", report.runs, report.faults)
 
 
 def cases(seed: int) -> Iterator[Case]:
@@ -289,4 +289,4 @@ def cases(seed: int) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(msgspec.json.encode(run_all(sys.argv[1], int(sys.argv[2]))))
+    sys.stdout.buffer.write(msgspec.json.encode(run_all(sys.argv[1], *map(int, sys.argv[2:]))))

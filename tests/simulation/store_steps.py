@@ -72,7 +72,7 @@ from eventbus.stores.sqlite import SQLiteStore
 from eventbus.testing import conformance  # noqa: F401  # before its parts, so that their assertions are rewritten
 from eventbus.testing._conformance_base import INSTANCE, NOW, OTHER, death, places_of
 from tests.campaign import MEMORY, Case
-from tests.simulation.disk import Disk
+from tests.simulation.disk import Disk, Lane
 from tests.simulation.oracle import Oracle
 
 STEPS = 100
@@ -132,7 +132,11 @@ class History:
             [self._unit() for _ in range(chance.choice((0, 0, 1, 3, 6)))] if self.disk.lanes else [],
             [self._command() for _ in range(chance.choice((0, 0, 0, 1, 1, 2)))],
         )
-        self._commit(batch)
+        declared = [command for command in batch.commands if isinstance(command, Register)]
+        if declared:
+            self._declare(declared[:1])
+        else:
+            self._commit(batch)
         for make in chance.sample(QUESTIONS, 2):
             self._ask(make)
 
@@ -147,6 +151,26 @@ class History:
         said = [_said(own, store.commit(own)) for store in (self._store, self._oracle) for own in [_copy(batch)]]
         if said[0] != said[1]:
             raise Differs(f"of {batch}\nthe store says  {said[0]}\nthe oracle says {said[1]}")
+
+    def _declare(self, commands: Sequence[Register]) -> None:
+        """Another deployment. Whatever it declares, what was settled stays so, and what was not is still to be delivered; this is
+        looked at for itself, since the two stores come to it in the same way."""
+        before = self._unsettled()
+        self._commit(Batch(self._now, commands=commands))
+        after = self._unsettled()
+        for name, positions in before.items():
+            if positions != after[name]:
+                raise Differs(f"{commands}: unsettled in {name!r} was {sorted(positions)}, and is {sorted(after[name])}")
+
+    def _unsettled(self) -> dict[str, set[int]]:
+        """By subscription, what the store says is still to be settled."""
+        lanes = {(state.subscription, state.lane): Lane(state) for state in self._store.read(Lanes())}
+        rows = {(row.subscription, row.waiting.position): row for row in self._store.read(WaitingRows())}
+        seen = Disk(log=self.disk.log, lanes=lanes, rows=rows)
+        return {
+            each.name: {at for at, event in seen.log.items() if seen.is_unsettled(each, event) or seen.is_waited_for(each, event)}
+            for each in self._store.read(Subscriptions())
+        }
 
     def _ask(self, make: Callable[[History], Query[Any]]) -> None:
         query = make(self)
