@@ -26,9 +26,10 @@ class Decoder:
         self._registry = registry
         self._codec = codec
 
-    def knows(self, type: str) -> bool:
-        """Whether there is a class for this name."""
-        return self._registry.by_name(type) is not None
+    def class_of(self, type: str) -> type | None:
+        """The class of events of this type; None where this program has imported none."""
+        kind = self._registry.by_name(type)
+        return None if kind is None else kind.cls
 
     def event(self, record: Record) -> object:
         """The event of a record.

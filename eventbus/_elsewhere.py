@@ -158,6 +158,8 @@ class Elsewhere:
         served = [m.serves[name] for m in self._membership.standing.members if name in m.serves]
         if not served and serving is None:
             return self._dispatcher.others.get(name, (stored, "no handler"))[1]
+        if not stored.holds(record.type):
+            return f"no instance serves {record.type!r} for it"
         lane = _lane_of(stored, record)
         # Where it is served here and by nobody, the others have taken this instance for dead; it is about to be back.
         if served and all(lane in serves.cannot for serves in served):
@@ -215,7 +217,7 @@ class Elsewhere:
 
     async def left(self, serving: Serving, position: int) -> int:
         """How many deliveries up to a position are not settled in the lanes that are not here; without those that have rows."""
-        away = self.away(serving)
+        away = (self.away(serving) | {*serving.nobodys}) - serving.lanes.keys()
         if not away:
             return 0
         return await self._redriven(serving, away) + await self._status.behind(serving.stored, position, away)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 
 from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
 from eventbus._serving import lanes_wanted
@@ -30,6 +31,7 @@ from eventbus.stores.base import (
     Stand,
     Standing,
     Subscribed,
+    Subscriptions,
     Suspicions,
     Types,
     WaitingRows,
@@ -134,7 +136,7 @@ class Membership:
         await self.renew()
         await self._look(before)
         errors = []
-        for part in (self._change_generations, self._give_back, self._take):
+        for part in (self._declare_again, self._give_back, self._take):
             try:
                 await part()
             except EventBusError as error:
@@ -184,11 +186,20 @@ class Membership:
         self._head, self._known = self._dispatcher.head, await self._reader.ask(Types())
         self._dispatcher.known_types.update(self._known)
         self._share()
+        await self._try_again()
         self._looked = self._begun
+
+    async def _try_again(self) -> None:
+        """Lanes that this program could not run may have been brought, by others, past what it could not decode."""
+        if any(serving.cannot for serving in self._dispatcher.servings.values()):
+            states, rows = await self._reader.ask(Lanes()), await self._reader.ask(WaitingRows())
+            if any(serving.can_again(states, rows) for serving in self._dispatcher.servings.values()):
+                self.poke()
 
     def _follow(self, standing: Standing, before: Mapping[Serving, tuple[Subscribed, int]]) -> None:
         """What others have done to the subscriptions holds here as well; but not where something was done here meanwhile."""
         stored = {each.name: each for each in standing.subscriptions}
+        self._dispatcher.declared.intersection_update(stored)
         for name, serving in list(self._dispatcher.servings.items()):
             if name not in stored:
                 _log.warning("the subscription %r was removed by another instance", name)
@@ -215,22 +226,36 @@ class Membership:
         self._dispatcher.drop_lane(lane)
         self.poke()
 
-    async def _change_generations(self) -> None:
-        """Try again to have order and concurrency as they are declared here, now that others may have gone."""
-        switched = False
-        for serving in [serving for serving in self._dispatcher.servings.values() if serving.waits_for is not None]:
-            before = serving.generation
+    async def _declare_again(self) -> None:
+        """Try again to have subscriptions as they are declared here, now that others may have gone."""
+        changed = False
+        for serving in [serving for serving in self._dispatcher.servings.values() if self._is_otherwise(serving)]:
+            before = serving.stored
             try:
                 (now,) = await self._journal.command(Register((serving.registration,), self._instance.id))
             except InvalidSubscription as error:
                 serving.refuse(str(error))
                 continue
             serving.follow(now)
-            switched = switched or now.generation != before
+            changed = changed or now != before
             serving.refuse(None)
-        if switched:
+        if changed:
+            lanes = self._dispatcher.lanes()
             self.standing = await self._reader.ask(Stand())
+            self._give_up(self.standing, lanes)
             self._share()
+
+    def _is_otherwise(self, serving: Serving) -> bool:
+        """Whether it is stored with other options than here, without a type of here, or with one that nobody serves any more:
+        then lanes that hold several types would be nobody's."""
+        if serving.waits_for is not None:
+            return True
+        if serving.options.order == "type":
+            return False
+        name, stored = serving.options.name, serving.stored
+        served = {pattern for member in self.standing.members if name in member.serves for pattern in member.serves[name].types}
+        held = {*stored.types, *stored.derived}
+        return not held >= {*serving.registration.types} or not served >= {*stored.types} - {*stored.derived}
 
     def _share(self) -> None:
         """Compute who should have which lane."""
@@ -240,6 +265,8 @@ class Membership:
             for each in self.standing.subscriptions
         }
         self._shares = share(self.standing, self._wanted)
+        for name, serving in self._dispatcher.servings.items():
+            serving.nobodys = {lane for (of, lane), id in self._shares.items() if of == name and id is None}
         others = {member.instance.id for member in self.standing.members} - {self._instance.id}
         self._taken = {(each.subscription, each.lane) for each in self.standing.lanes if each.owner in others}
 
@@ -318,13 +345,24 @@ class Membership:
         rows = await self._reader.ask(WaitingRows()) if any(states) else ()
         suspicions = {(s.subscription, s.lane): s for s in await self._reader.ask(Suspicions())}
         epochs = {(s.subscription, s.lane): s.epoch for s in await self._reader.ask(Lanes())}
+        self._follow_types(await self._reader.ask(Subscriptions()))
         last = self._known if self._dispatcher.head == self._head else None  # more has come meanwhile: the lanes must read
         for (serving, _), state in zip(claims, states, strict=True):
             if state is None or epochs.get((state.subscription, state.lane)) != state.epoch:
                 self.poke()  # another was first, or it was set back meanwhile and the rows are not those of its state
+            elif not fits(serving.serves(), serving.stored):
+                self.poke()  # a type has joined that is not served here
             elif self._dispatcher.servings.get(state.subscription) is serving:
                 own = [row for row in rows if row.subscription == state.subscription]
                 self._dispatcher.add_lane(serving, state, own, last, suspicions.get((state.subscription, state.lane)))
+
+    def _follow_types(self, subscriptions: Iterable[Subscribed]) -> None:
+        """A type that has joined before a lane was claimed has not fenced it: it must be known before the lane begins."""
+        for stored in subscriptions:
+            serving = self._dispatcher.servings.get(stored.name)
+            if serving is not None and serving.generation == stored.generation:
+                since = {**stored.since, **serving.stored.since}
+                serving.follow(msgspec.structs.replace(serving.stored, types=stored.types, derived=stored.derived, since=since))
 
     def _start(self, serving: Serving, lane: str) -> int:
         start = self._wanted.get(serving.options.name, {}).get(lane)

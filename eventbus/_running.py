@@ -296,6 +296,8 @@ class Running:
         """A class is published that may belong to subscriptions to a base class of it, from any thread."""
         for wanted in self._wanted:
             registration = wanted.registration
+            if wanted.options.name not in self.dispatcher.declared:
+                continue  # it was removed, here or elsewhere
             if kind.name in registration.types or not issubclass(kind.cls, wanted.options.classes):
                 continue
             types, derived = (*registration.types, kind.name), (*registration.derived, kind.name)
@@ -365,6 +367,5 @@ class Running:
                 await self.journal.command(Unsubscribe(name))
                 self.dispatcher.remove(serving)
             self._interrupt_replays()
-        self._wanted = [each for each in self._wanted if each.options.name != name]
         self.dispatcher.declared.discard(name)
         self.dispatcher.note_others(await self.reader.ask(Subscriptions()))

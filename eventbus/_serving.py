@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,10 @@ class Serving:
         self.circuit = None
         if breaker is not None:
             self.circuit = Circuit(self, breaker, dispatcher.environment)
-        self._cannot: set[str] = set()  # lanes with events that cannot be decoded here
+        self.cannot: dict[str, int] = {}
+        """Lanes that wait at an event that cannot be decoded here: its position."""
+        self.nobodys: Collection[str] = ()
+        """Lanes that no instance can run."""
         self._starts: dict[str, float] = {}
         self.lanes: dict[str, Lane] = {}
         self.claiming: set[str] = set()  # lanes that the store is asked for
@@ -89,13 +92,17 @@ class Serving:
     # -------------------------------------------------------------- types and lanes
 
     def _types_of(self, stored: Subscribed) -> tuple[str, ...]:
-        """The types that it declares, and the subclasses of them that another program knew and this one has not imported.
+        """The types that it declares, and the subclasses of them that joined it in another program.
 
-        The events of these must not be passed by, so the lane waits at them.
+        The events of these must not be passed by: they are handled, or, where this program has not imported the class, the lane
+        waits at them.
         """
-        knows = self._dispatcher.decoder.knows
         declared = tuple(t for t in self.registration.types if t in stored.since)  # others are about to join
-        return (*declared, *(t for t in stored.derived if t not in declared and not knows(t)))
+        return (*declared, *(t for t in stored.derived if t not in declared and self._may_be_derived(t)))
+
+    def _may_be_derived(self, type: str) -> bool:
+        cls = self._dispatcher.decoder.class_of(type)
+        return cls is None or issubclass(cls, self.options.classes)
 
     def wants(self, type: str) -> bool:
         """Whether events of this type are for it."""
@@ -140,8 +147,22 @@ class Serving:
 
     def serves(self) -> Serves:
         """What other instances are told of how it is served here."""
-        self._cannot.update(lane.name for lane in self.lanes.values() if lane.blocked is not None)
-        return Serves(self.options.order, self.options.concurrency, self.types, tuple(sorted(self._cannot)), self.stuck)
+        self.cannot |= {lane.name: lane.blocked_at for lane in self.lanes.values() if lane.blocked is not None}
+        return Serves(self.options.order, self.options.concurrency, self.types, tuple(sorted(self.cannot)), self.stuck)
+
+    def can_again(self, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> bool:
+        """Whether others have brought any of these lanes past what could not be decoded here: then it can be run here again."""
+        name, waiting = self.options.name, dict[str, int]()
+        for row in rows:
+            if row.subscription == name:
+                waiting.setdefault(row.lane, row.waiting.position)  # the first: rows come by position
+        reached = {
+            each.lane: min(each.checkpoint, waiting.get(each.lane, math.inf) - 1) for each in states if each.subscription == name
+        }
+        passed = [lane for lane, at in self.cannot.items() if lane not in self.lanes and reached.get(lane, 0) >= at]
+        for lane in passed:
+            del self.cannot[lane]
+        return bool(passed)
 
     def refuse(self, reason: str | None) -> None:
         """The store cannot have it as it is declared here, for now; with None, it can."""

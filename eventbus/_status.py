@@ -76,7 +76,7 @@ class Status:
             return DeliveryStatus.HANDLED
         name = lane_name(stored.order, stored.concurrency, record.type, record.slot)
         lane = next((s for s in await self._reader.ask(Lanes(stored.name)) if s.lane == name), None)
-        if lane is None:
+        if lane is None or not stored.holds(record.type):
             return DeliveryStatus.PENDING
         for row in await self._reader.ask(WaitingRows(stored.name)):
             if _holds(row, lane, record):
@@ -191,6 +191,10 @@ class Status:
         if serving.waits_for is not None:
             return "blocked", serving.waits_for
         blocked = next((lane.blocked for lane in serving.lanes.values() if lane.blocked is not None), None)
+        if blocked is None and serving.nobodys:
+            blocked = (
+                f"no instance can run {len(serving.nobodys)} of its lanes: {', '.join(sorted(map(repr, serving.nobodys))[:3])}"
+            )
         return ("running", None) if blocked is None else ("blocked", blocked)
 
 

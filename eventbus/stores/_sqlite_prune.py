@@ -105,6 +105,8 @@ class _Needs(msgspec.Struct):
         start = since_of(subscribed.since, type)
         if start is None or position <= start or subscribed.settled_before(position, type, slot, key):
             return False
+        if not subscribed.holds(type):
+            return True
         state = self.lanes.get((subscribed.name, lane_name(subscribed.order, subscribed.concurrency, type, slot)))
         if state is None or (position > state.checkpoint and position not in state.done):
             return True

@@ -12,7 +12,7 @@ from typing import Generic
 import msgspec
 from typing_extensions import TypeVar
 
-from eventbus.stores.records import Floor, LaneState, Order
+from eventbus.stores.records import Floor, LaneState, Order, since_of, type_matches
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -57,11 +57,12 @@ class Subscribed(msgspec.Struct, frozen=True):
     """A subscription as it is stored.
 
     Attributes:
+        types: the patterns that are served.
         since: for each pattern it was ever registered with, the position after which it begins.
         derived: the types that ever joined it as subclasses; a program need not know them all.
         paused: the reason, or None. paused_at, created_at: unix seconds.
         generation: another with each change of order or concurrency; never one that a subscription of this name had before.
-        floors: what earlier generations had settled above the checkpoints of this one.
+        floors: what was settled by lanes of earlier, above the checkpoints of those of now, or of types that these do not hold.
     """
 
     name: str
@@ -76,8 +77,17 @@ class Subscribed(msgspec.Struct, frozen=True):
     generation: int = 0
     floors: tuple[Floor, ...] = ()
 
+    def wants(self, type: str) -> bool:
+        """Whether it is to have the events of this type that come after where it begins."""
+        return since_of(self.since, type) is not None
+
+    def holds(self, type: str) -> bool:
+        """Whether a lane that has passed an event of this type has settled it. Where lanes hold several types they pass by those
+        that no instance serves, or served when it was passed: these are unsettled, if they are not too old (`since`)."""
+        return self.order == "type" or any(type_matches(pattern, type) for pattern in (*self.types, *self.derived))
+
     def settled_before(self, position: int, type: str, slot: int, key: str | None) -> bool:
-        """Whether an event was settled by an earlier generation."""
+        """Whether an event was settled by lanes of earlier: before the order, or the types that they hold, were others."""
         return any(floor.settles(position, type, slot, key) for floor in self.floors)
 
 
@@ -88,8 +98,9 @@ class Register(Command[tuple[Subscribed, ...]], frozen=True):
       (`Serves`), it stays; the result says so, and the command is to be given again when that has gone. The lanes of the new
       generation begin at the first event that is unsettled; what the old one had settled above that becomes a `Floor`.
     - A type that joins a subscription whose lanes hold several types (all orders but "type") fences its lanes: who owns them
-      may not know it, and would pass it by.
-    - Types that an instance that is alive serves, and that are not given, stay.
+      may not know it, and would pass it by. If they have passed events of it already, it begins another generation.
+    - Types that an instance that is alive serves, and that are not given, stay. One that is registered without being dispatched
+      has events from now on; they wait for an instance that serves it.
     """
 
     subscriptions: tuple[Registration, ...]

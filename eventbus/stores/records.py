@@ -248,19 +248,32 @@ class Floor(msgspec.Struct, frozen=True):
     Attributes:
         lanes: by name: the checkpoint, and the positions above it that were settled.
         waiting: what the rows of `deliveries` of then said is unsettled: where it begins, and the key; see `Waiting`.
+        types: the patterns that those lanes held; of others they say nothing.
     """
 
     order: Order
     concurrency: int
     lanes: Mapping[str, tuple[int, tuple[int, ...]]]
     waiting: tuple[tuple[int, str | None], ...] = ()
+    types: tuple[str, ...] = ("*",)
 
     def settles(self, position: int, type: str, slot: int, key: str | None) -> bool:
         """Whether an event was settled."""
+        if not any(type_matches(pattern, type) for pattern in self.types):
+            return False
         checkpoint, done = self.lanes.get(lane_name(self.order, self.concurrency, type, slot), (0, ()))
         if position > checkpoint and position not in done:
             return False
         return not any(position == at if of is None else (position >= at and key == of) for at, of in self.waiting)
+
+    def below(self, type: str) -> int:
+        """All events of a type up to here were settled."""
+        if not any(type_matches(pattern, type) for pattern in self.types):
+            return 0
+        lanes = [self.lanes.get(type, (0, ()))] if self.order == "type" else [*self.lanes.values()]
+        if self.order == "key" and len(lanes) < self.concurrency:
+            return 0  # some have not begun
+        return max(0, min([*(checkpoint for checkpoint, _ in lanes), *(at - 1 for at, _ in self.waiting)], default=0))
 
     def down_to(self, position: int) -> Floor:
         """What of it lies at or below a position."""
@@ -269,7 +282,7 @@ class Floor(msgspec.Struct, frozen=True):
             for lane, (checkpoint, done) in self.lanes.items()
         }
         waiting = tuple((at, key) for at, key in self.waiting if at <= position)
-        return Floor(self.order, self.concurrency, lanes, waiting)
+        return Floor(self.order, self.concurrency, lanes, waiting, self.types)
 
     def up_to(self) -> int:
         """Nothing above this was settled."""

@@ -115,7 +115,7 @@ class Disk:
             return False
         name = lane_name(subscribed.order, subscribed.concurrency, event.type, event.slot)
         lane = self.lanes.get((subscribed.name, name))
-        return lane is None or (at > lane.state.checkpoint and at not in lane.state.done)
+        return lane is None or not subscribed.holds(event.type) or (at > lane.state.checkpoint and at not in lane.state.done)
 
     def is_waited_for(self, subscribed: Subscribed, event: Record) -> bool:
         """Whether an event is in the reach of a waiting delivery."""

@@ -123,30 +123,54 @@ def _update(scene: Scene, instance: str, known: Subscribed, wanted: Registration
     shape = (known.order, known.concurrency)
     is_served = any((each.order, each.concurrency) == shape for each in served)
     if wanted.dispatched and (wanted.order, wanted.concurrency) != shape and not is_served:
-        return _switch(disk, now, wanted)
-    if known.order != "type" and set(now.types) - set(known.types):
+        return _switch(disk, known, msgspec.structs.replace(now, order=wanted.order, concurrency=wanted.concurrency))
+    if known.order == "type":
+        return _without_floors(disk, now)
+    held, holds = {*known.types, *known.derived}, {*now.types, *now.derived}
+    if held - holds:
+        now = msgspec.structs.replace(now, floors=(*now.floors, _floor(disk, known)))
+    reached = max((max(lane.state.checkpoint, *lane.state.done, 0) for lane in disk.lanes_of(known.name)), default=0)
+    if any(
+        at <= reached and now.holds(event.type) and not known.holds(event.type) and disk.is_unsettled(_unheld(now), event)
+        for at, event in disk.log.items()
+    ):
+        return _switch(disk, known, now)
+    if holds - held:
         for lane in disk.lanes_of(known.name):
             if lane.owner != instance:
                 lane.state = msgspec.structs.replace(lane.state, epoch=lane.state.epoch + 1)
                 lane.owner = None
-    reached = [lane.state.checkpoint for lane in disk.lanes_of(known.name)]
-    reached += [row.waiting.position - 1 for row in disk.rows_of(known.name)]
-    return msgspec.structs.replace(now, floors=tuple(floor for floor in now.floors if floor.up_to() > min(reached, default=0)))
+    return _without_floors(disk, now)
 
 
-def _switch(disk: Disk, known: Subscribed, wanted: Registration) -> Subscribed:
+def _unheld(subscribed: Subscribed) -> Subscribed:
+    """As if its lanes held nothing: what they have passed is unsettled, unless floors say that it is settled."""
+    return msgspec.structs.replace(subscribed, types=(), derived=())
+
+
+def _without_floors(disk: Disk, now: Subscribed) -> Subscribed:
+    reached = [lane.state.checkpoint for lane in disk.lanes_of(now.name)]
+    reached += [row.waiting.position - 1 for row in disk.rows_of(now.name)]
+    least, holds = min(reached, default=0), {*now.types, *now.derived}
+    floors = [floor for floor in now.floors if floor.up_to() > least or (now.order != "type" and set(floor.types) - holds)]
+    return msgspec.structs.replace(now, floors=tuple(floors))
+
+
+def _floor(disk: Disk, known: Subscribed) -> Floor:
+    settled = {lane.state.lane: (lane.state.checkpoint, lane.state.done) for lane in disk.lanes_of(known.name)}
+    waiting = tuple((row.waiting.begins, row.waiting.key) for row in disk.rows_of(known.name))
+    types = tuple(sorted(known.since)) if known.order == "type" else (*known.types, *known.derived)
+    return Floor(known.order, known.concurrency, settled, waiting, types)
+
+
+def _switch(disk: Disk, known: Subscribed, now: Subscribed) -> Subscribed:
     rows = disk.rows_of(known.name)
     if any(row.waiting.state == "parked" for row in rows):
         raise InvalidSubscription(f"keys of {known.name!r} are parked")
-    unsettled = [event.position for event in disk.log.values() if disk.is_unsettled(known, event)]
+    before = msgspec.structs.replace(known, since=now.since, floors=now.floors)
+    unsettled = [event.position for event in disk.log.values() if disk.is_unsettled(before, event)]
     first = min([*unsettled, *(row.waiting.begins for row in rows)], default=None)
-    floors: tuple[Floor, ...] = ()
-    if first is not None:
-        settled = {lane.state.lane: (lane.state.checkpoint, lane.state.done) for lane in disk.lanes_of(known.name)}
-        waiting = tuple((row.waiting.begins, row.waiting.key) for row in rows)
-        floors = (*known.floors, Floor(known.order, known.concurrency, settled, waiting))
-    generation = disk.changes + 1
-    now = msgspec.structs.replace(known, order=wanted.order, concurrency=wanted.concurrency, generation=generation, floors=floors)
+    now = msgspec.structs.replace(now, generation=disk.changes + 1, floors=(*now.floors, _floor(disk, known)))
     disk.forget(known.name)
     if now.order == "type":
         names = [type for type in disk.types() if since_of(now.since, type) is not None]
@@ -154,8 +178,8 @@ def _switch(disk: Disk, known: Subscribed, wanted: Registration) -> Subscribed:
         names = [str(number) for number in range(now.concurrency)] if now.order == "key" else [""]
     start = disk.head if first is None else first - 1
     for name in names:
-        disk.lanes[known.name, name] = Lane(LaneState(known.name, name, _epochs_of(generation), start))
-    return now
+        disk.lanes[known.name, name] = Lane(LaneState(known.name, name, _epochs_of(now.generation), start))
+    return _without_floors(disk, now)
 
 
 def _pause(scene: Scene, command: Pause) -> None:

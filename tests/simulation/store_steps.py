@@ -256,7 +256,8 @@ class History:
         types = tuple(dict.fromkeys(chance.choices(PATTERNS, k=2)))
         start: Any = chance.choice(("now", "beginning", self.position(), self._now - 2))
         lanes = chance.randint(1, 3) if order in {"key", "none"} else 1
-        return Registration(chance.choice(NAMES), types, order, lanes, start, types[:1] if chance.random() < 0.2 else ())
+        derived = types[:1] if chance.random() < 0.2 else ()
+        return Registration(chance.choice(NAMES), types, order, lanes, start, derived, dispatched=chance.random() < 0.8)
 
     def _claim(self) -> Claim:
         chance, lanes = self.chance, []
