@@ -155,10 +155,11 @@ class SQLiteStore:
                     self._path = os.path.realpath(self._address)
                     prepare_file(self._path)
                     self._lock = LockFile(self._path)
-                    self._lock.live(instance.id)
                 self._instance = instance.id
                 with self._turn(self._in_use):
                     self._connect_with_room()
+                    if self._lock is not None:  # only now, or those who start at the same time would take each other for one
+                        self._lock.live(instance.id)  # that has opened it, and who refuses it, too
             self._suspect = False
             self._opened = True
         except BaseException:

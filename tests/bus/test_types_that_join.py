@@ -174,8 +174,9 @@ async def test_a_lane_that_could_not_be_run(tmp_path: Path) -> None:
             await publisher.publish(Second(0))
         await bus.publish(First(1))
         assert sum((await bus.drain(timeout=10)).values()) == 2
-        async with until(lambda: _is(old, "running")), new.bus:
+        async with until(lambda: _has_a_lane(old)), new.bus:
             await (await new.bus.publish(Second(2))).handled(timeout=10)
+            assert await _has_a_lane(new)
         await (await bus.publish(First(3))).handled(timeout=10)
         assert await old.state() == ("running", 0)
     assert (new.given, old.given) == ([0, 1, 2], [3])
@@ -183,3 +184,7 @@ async def test_a_lane_that_could_not_be_run(tmp_path: Path) -> None:
 
 async def _is(shop: Shop, state: str) -> bool:
     return (await shop.state())[0] == state
+
+
+async def _has_a_lane(shop: Shop) -> bool:
+    return bool(shop.bus._open().dispatcher.servings["stock"].lanes)

@@ -10,6 +10,8 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -306,3 +308,31 @@ def test_beside_another(tmp_path: Path) -> None:
     second.open(Instance("2", "n", "h", 1, NOW))
     second.close()
     first.close()
+
+
+def test_several_that_start_together(tmp_path: Path) -> None:
+    """None of those that start at the same time takes the others for one that has the file open: all refuse."""
+    store = SQLiteStore(tmp_path / "a.db")
+    store.open(INSTANCE)
+    for _ in range(4):
+        store.commit(Batch(NOW, appends=[records(1)]))
+    kept = {name: (tmp_path / name).read_bytes() for name in ("a.db", "a.db-wal")}
+    store.close()
+    kept["a.db-wal"] = flipped(kept["a.db-wal"], len(kept["a.db-wal"]) // 2, 0)
+    for name, data in kept.items():
+        (tmp_path / name).write_bytes(data)
+    together = threading.Barrier(4)
+
+    def open_one(number: int) -> str:
+        one = SQLiteStore(tmp_path / "a.db")
+        together.wait()
+        try:
+            one.open(Instance(str(number), "n", "h", 1, NOW))
+        except StoreCorrupt:
+            return "refused"
+        one.close()
+        return "opened"
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert list(pool.map(open_one, range(4))) == ["refused"] * 4
