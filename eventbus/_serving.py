@@ -97,7 +97,8 @@ class Serving:
         The events of these must not be passed by: they are handled, or, where this program has not imported the class, the lane
         waits at them.
         """
-        declared = tuple(t for t in self.registration.types if t in stored.since)  # others are about to join
+        held = stored.since if stored.order == "type" else (*stored.types, *stored.derived)
+        declared = tuple(t for t in self.registration.types if t in held)  # others are about to join
         return (*declared, *(t for t in stored.derived if t not in declared and self._may_be_derived(t)))
 
     def _may_be_derived(self, type: str) -> bool:
@@ -260,10 +261,14 @@ class Serving:
 
     def lane_of(self, record: Record) -> Lane | None:
         """The lane that an event of it belongs to."""
-        if self.options.order == "type":
-            return self.lanes.get(record.type)
-        if not self.wants(record.type):
-            return None
+        return self._lane_that_holds(record) if self.wants(record.type) else None
+
+    def lane_for_redrive(self, record: Record) -> Lane | None:
+        """The lane that a dead letter is redriven in: also where its type has to wait, until its own key is free, to be held."""
+        wanted = any(type_matches(pattern, record.type) for pattern in (*self.types, *self.registration.types))
+        return self._lane_that_holds(record) if wanted else None
+
+    def _lane_that_holds(self, record: Record) -> Lane | None:
         return self.lanes.get(lane_name(self.options.order, self.options.concurrency, record.type, record.slot))
 
     def parks(self) -> bool:

@@ -169,7 +169,7 @@ class Parking(Protocol):
     options: Subscription
     circuit: Circuit | None
 
-    def lane_of(self, record: Record) -> Lane | None:
+    def lane_for_redrive(self, record: Record) -> Lane | None:
         """The lane that an event of it belongs to."""
 
     def parks(self) -> bool:
@@ -328,7 +328,7 @@ class Redriver:
         self.changed()
 
     def _deliver(self, row: DeadLetterRow, *, due: bool = False) -> None:
-        lane = self._serving.lane_of(row.record)
+        lane = self._serving.lane_for_redrive(row.record)
         if lane is None and self._want_lane(row.record.type):
             self._lane_is_coming = True
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -96,7 +96,10 @@ class Registering:
         if not now >= held:  # what is settled of the types that leave is to be known when they come back
             subscribed = msgspec.structs.replace(subscribed, floors=(*subscribed.floors, self._floor(known)))
         if self._passed_by(known, subscribed):
-            return self._switch(known, subscribed)
+            if not self._parked(known):
+                return self._switch(known, subscribed)
+            subscribed = _within(subscribed, held)
+            now = {*subscribed.types, *subscribed.derived}
         if not held >= now:
             fence(self._connection, known.name, self._command.instance)
         return self._without_floors(subscribed)
@@ -153,15 +156,24 @@ class Registering:
         held = tuple(sorted(known.since)) if known.order == "type" else (*known.types, *known.derived)
         return Floor(known.order, known.concurrency, settled, waiting, held)
 
+    def _parked(self, known: Subscribed) -> list[str | None]:
+        """The keys that are parked; their rows cannot be taken over by other lanes."""
+        return [row.waiting.key for row in waiting_rows(self._connection, known.name, "parked")]
+
     def _refuse_parked(self, known: Subscribed, wanted: Subscribed) -> None:
-        rows = waiting_rows(self._connection, known.name)
-        parked = [row.waiting.key for row in rows if row.waiting.state == "parked"]
+        parked = self._parked(known)
         if parked:
             raise InvalidSubscription(
                 f"subscription {known.name!r} is stored with {_shown(known)}, and declared with {_shown(wanted)}; it cannot "
                 f"change while keys are parked ({len(parked)}, such as {parked[0]!r}). Run it with the old options, redrive or "
                 "discard their dead letters, and drain it"
             )
+
+
+def _within(subscribed: Subscribed, held: Collection[str]) -> Subscribed:
+    """With none but types that its lanes have held: others have to wait until it can have lanes that begin anew."""
+    types, derived = (tuple(each for each in some if each in held) for some in (subscribed.types, subscribed.derived))
+    return msgspec.structs.replace(subscribed, types=types, derived=derived)
 
 
 def _shown(subscribed: Subscribed) -> str:

@@ -98,7 +98,8 @@ class Register(Command[tuple[Subscribed, ...]], frozen=True):
       (`Serves`), it stays; the result says so, and the command is to be given again when that has gone. The lanes of the new
       generation begin at the first event that is unsettled; what the old one had settled above that becomes a `Floor`.
     - A type that joins a subscription whose lanes hold several types (all orders but "type") fences its lanes: who owns them
-      may not know it, and would pass it by. If they have passed events of it already, it begins another generation.
+      may not know it, and would pass it by. If they have passed events of it already, it begins another generation; while keys
+      are parked it cannot, and the type is not among `types` yet: the command is to be given again.
     - Types that an instance that is alive serves, and that are not given, stay. One that is registered without being dispatched
       has events from now on; they wait for an instance that serves it.
     """

@@ -134,7 +134,10 @@ def _update(scene: Scene, instance: str, known: Subscribed, wanted: Registration
         at <= reached and now.holds(event.type) and not known.holds(event.type) and disk.is_unsettled(_unheld(now), event)
         for at, event in disk.log.items()
     ):
-        return _switch(disk, known, now)
+        if not any(row.waiting.state == "parked" for row in disk.rows_of(known.name)):
+            return _switch(disk, known, now)
+        types, derived = (tuple(each for each in some if each in held) for some in (now.types, now.derived))
+        now, holds = msgspec.structs.replace(now, types=types, derived=derived), {*types, *derived}
     if holds - held:
         for lane in disk.lanes_of(known.name):
             if lane.owner != instance:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -98,7 +98,7 @@ def _wanted(seed: random.Random, name: str) -> Wanted:
     order: Any = seed.choice(("type", "key", "log", "none"))
     return Wanted(
         name,
-        tuple(sorted(seed.sample(KINDS, seed.randint(1, 3)), key=lambda kind: kind.__name__)),
+        _in_order(seed.sample(KINDS, seed.randint(1, 3))),
         order,
         seed.randint(1, 4) if order in {"key", "none"} else None,
         RetryPolicy(attempts=seed.randint(1, 4), first=0.05, cap=1.0),
@@ -106,6 +106,15 @@ def _wanted(seed: random.Random, name: str) -> Wanted:
         seed.choice((None, None, Breaker(), Breaker(failures=2, first=0.2, cap=1.0))),
         seed.random() < 0.3,
     )
+
+
+def _in_order(kinds: Iterable[type]) -> tuple[type, ...]:
+    return tuple(sorted(kinds, key=lambda kind: kind.__name__))
+
+
+def _types_of(wanted: Wanted) -> list[str]:
+    """The names of its types."""
+    return [kind.__name__.lower() for kind in wanted.kinds]
 
 
 def _on_exhausted(chance: float, order: str) -> Literal["dead_letter", "pause", "park"]:
@@ -125,6 +134,7 @@ class Run:
         self.weather = self._weather()
         self.others = self.random.random() < 0.3
         self.wanted = [_wanted(self.random, f"s{number}") for number in range(self.random.randint(1, 3))]
+        self.ever = {wanted.name: {*wanted.kinds} for wanted in self.wanted}
         self.good = False
         self.buses: list[EventBus] = []
         self._names = 0
@@ -154,6 +164,8 @@ class Run:
             self._begin(f"{self.seed} {number}", self._live)
         self.good = True
         self.weather = Weather()
+        for place, wanted in enumerate(self.wanted):
+            self._take_over(place, attrs.evolve(wanted, kinds=_in_order(self.ever[wanted.name])))
         self._begin(f"{self.seed} end", self._make_good)
         if not self.truth.faults:
             self.truth.judge()
@@ -161,14 +173,24 @@ class Run:
         return self.truth.faults
 
     def _deploy(self) -> None:
-        """Another program: one of its subscriptions has another order. That order holds from here on."""
+        """Another program: one of its subscriptions has other types, or another order, which hold from here on."""
         place = self.random.randrange(len(self.wanted))
+        if self.random.random() < 0.5:
+            kinds = _in_order(self.random.sample(KINDS, self.random.randint(1, 3)))
+            self._take_over(place, attrs.evolve(self.wanted[place], kinds=kinds))
+            return
         if any(row.waiting.state == "parked" for row in self.disk.rows.values()):
             return  # refused while keys are parked
         now = _wanted(self.random, self.wanted[place].name)
-        self.wanted[place] = attrs.evolve(now, kinds=self.wanted[place].kinds)
-        self.truth.note(f"deploys {self.wanted[place]}")
-        self.truth.forget_order(now.name)
+        self._take_over(place, attrs.evolve(now, kinds=self.wanted[place].kinds))
+
+    def _take_over(self, place: int, wanted: Wanted) -> None:
+        if wanted == self.wanted[place]:
+            return
+        self.wanted[place] = wanted
+        self.ever[wanted.name] |= {*wanted.kinds}
+        self.truth.note(f"deploys {wanted}")
+        self.truth.forget_order(wanted.name)
 
     def _begin(self, seed: str, body: Callable[[], Awaitable[None]]) -> None:
         """One life of the program, to its end or to a crash."""
@@ -438,7 +460,8 @@ class Run:
             scheduled = bool(self.disk.scheduled)
             left = await self.bus.drain(timeout=300)
             self.truth.note(f"drained, left {dict(left)}")
-            if not self.disk.letters and not scheduled and not any(left.values()):
+            served = all({*_types_of(wanted)} <= {*self.disk.subscriptions[wanted.name].types} for wanted in self.wanted)
+            if served and not self.disk.letters and not scheduled and not any(left.values()):
                 return
         self.truth.wrong(f"it is never worked off: {dict(left)}, {len(self.disk.letters)} dead letters")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import attrs
 
 from eventbus import Delivery, Envelope, Receipt
-from eventbus.stores.base import Batch, Committed, Record, Rewind, Unsubscribe, lane_name, since_of
+from eventbus.stores.base import Batch, Committed, Record, Register, Rewind, Unsubscribe, lane_name, since_of
 from tests.simulation.clockwork import Scheduler
 from tests.simulation.disk import Disk
 
@@ -37,6 +37,7 @@ class Truth:
     started: dict[Name, set[int]] = attrs.field(factory=dict)
     newest: dict[tuple[Name, str], int] = attrs.field(factory=dict)  # by lane or key: position of the last first delivery
     rewinds: dict[Name, int] = attrs.field(factory=collections.Counter)
+    generations: dict[Name, int] = attrs.field(factory=dict)
     discarded: set[tuple[Name, str]] = attrs.field(factory=set)
     _head: int = 0
 
@@ -91,8 +92,13 @@ class Truth:
         for index, unit in enumerate(batch.units):
             end = committed.refused.get(index, "settled" if unit.death is None else "dead")
             self.note(f"  {unit.subscription}/{unit.lane} {unit.source} {unit.position} → {unit.checkpoint} {end}")
-        for command in batch.commands:
+        for command, result in zip(batch.commands, committed.results, strict=True):
             self.note(f"  {type(command).__name__}")
+            if isinstance(command, Register) and isinstance(result, tuple):
+                for each in result:
+                    if self.generations.get(each.name) != each.generation:  # lanes begin anew, perhaps with types that came back
+                        self.generations[each.name] = each.generation
+                        self.forget_order(each.name)
             if isinstance(command, Rewind | Unsubscribe):
                 self.rewinds[command.subscription] += 1
                 self.forget_order(command.subscription)
