@@ -250,10 +250,14 @@ class Journal:
             self.turn.leave()
             if told is not None:
                 self._post(*told)
-            for job in pending.jobs:
-                job()
-            if self.notice_every < math.inf:
-                self._look_around()
+            try:
+                for job in pending.jobs:
+                    job()
+                if self.notice_every < math.inf:
+                    self._look_around()
+            except BaseException as error:  # noqa: BLE001  # as in a commit: nobody may wait for ever
+                crash = self._stopped(error)
+                self._post(self._on_failed, Pending(), crash, crash)
 
     def _is_worth_a_commit(self, pending: Pending) -> bool:
         if pending.appends or pending.commands or pending.units:
@@ -295,12 +299,18 @@ class Journal:
         except BaseException as error:  # noqa: BLE001  # a fault of ours or the store's: nobody may wait for ever
             wrapped = PublishOutcomeUnknown([record.id for ticket in pending.appends for record in ticket.records])
             wrapped.__cause__ = error
-            self._given_up = True
-            return self._on_failed, pending, wrapped, StoreError(f"the store failed unexpectedly: {error!r}")
+            return self._on_failed, pending, wrapped, self._stopped(error)
         self._full = committed.full is not None
         if self._full:
             self._retry_at = self._clock.monotonic() + RETRY_INTERVAL
         return self._on_committed, pending, committed
+
+    def _stopped(self, error: BaseException) -> StoreError:
+        """What it says when it has stopped for good, for a reason that nobody has foreseen."""
+        self._given_up = True
+        crash = StoreError(f"the store failed unexpectedly: {error!r}")
+        crash.__cause__ = error
+        return crash
 
     def _take(self) -> Pending | None:
         """What is to be committed next; waits for it. None: there will be nothing more."""
