@@ -115,6 +115,9 @@ class Probation:
     def take(self) -> Attempt | None:
         """The next attempt that is marked; the ones after it are taken, to be marked."""
         lane = self._lane
+        if lane.is_held_up():  # since it was marked: by the end of the lease, of which nobody tells
+            self.recall()
+            return None
         if self._solo.holder is lane:
             return self._give(self._alone)
         while not self._ready and self._solo.holder is not lane:

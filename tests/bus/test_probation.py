@@ -8,6 +8,7 @@ import attrs
 import pytest
 
 from eventbus import Breaker, EventBus, RetryPolicy, _probation
+from eventbus._outcomes import Attempt
 from eventbus.hooks import CircuitOpened
 from eventbus.stores.base import Batch, Committed, Marking, Order, Suspicion, Suspicions
 from eventbus.stores.queries import Suspect
@@ -27,6 +28,11 @@ class Suspicious(SQLiteStore):
         super().__init__(db, durability="fast")
         self._suspicion = Suspicion("s", lane, 1, suspects)
         self.markings = 0
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        """The machine's clock, which may have gone on while the process did not."""
+        return super().monotonic() + self.ahead
 
     def read(self, query: Any) -> Any:
         """What is suspected is made up, the rest is read."""
@@ -78,3 +84,22 @@ async def test_an_open_circuit(db: str, order: Order) -> None:
         assert await bus.dead_letters.list() == []
     assert sorted(done.seen) == list(range(5))
     assert store.markings < 50
+
+
+async def test_a_lease_that_lapses_before_what_is_marked_begins(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane goes on as soon as the lease is renewed."""
+    store, done = Suspicious(db, ""), Recorder()
+    tell = _probation.Probation._marked
+
+    def tell_and_lapse(probation: _probation.Probation, attempt: Attempt, *, marked: bool) -> None:
+        tell(probation, attempt, marked=marked)
+        store.ahead = 20.0
+
+    monkeypatch.setattr(_probation.Probation, "_marked", tell_and_lapse)
+    bus = EventBus(store, lease=10.0)
+    bus.subscribe(Task, name="s", order="log")(done.note)
+    async with bus.open(dispatch=False):
+        await bus.publish_many([Task(n) for n in range(3)])
+    async with bus:
+        assert len(await done.wait_for(3)) == 3
+    assert store.ahead
