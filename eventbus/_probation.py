@@ -59,7 +59,7 @@ class Solo:
 
     def rested(self) -> None:
         """An attempt has ended."""
-        if self._then is not None and not any(_running(lane) for lane in self._lanes()):
+        if self._then is not None and not any(running(lane) + lane.holder.stuck for lane in self._lanes()):
             self._grant(alone=True)
 
     def _next(self) -> None:
@@ -88,9 +88,9 @@ class Solo:
             self.done(lane)
 
 
-def _running(lane: Lane) -> int:
-    """How many attempts of a lane really run; threads that have outlived their timeout do."""
-    return lane.running - (lane.probation.pending if lane.probation is not None else 0) + lane.holder.stuck
+def running(lane: Lane) -> int:
+    """How many attempts of a lane really run; beside threads that have outlived their timeout."""
+    return lane.running - (lane.probation.pending if lane.probation is not None else 0)
 
 
 class Probation:
