@@ -10,7 +10,7 @@ import pytest
 from eventbus import Breaker, EventBus, RetryPolicy, _probation
 from eventbus._outcomes import Attempt
 from eventbus.hooks import CircuitOpened
-from eventbus.stores.base import Batch, Committed, Marking, Order, Suspicion, Suspicions
+from eventbus.stores.base import Batch, Committed, Instance, Marking, Order, Rewind, Suspicion, Suspicions
 from eventbus.stores.queries import Suspect
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import HookRecorder, Recorder
@@ -103,3 +103,28 @@ async def test_a_lease_that_lapses_before_what_is_marked_begins(db: str, monkeyp
     async with bus:
         assert len(await done.wait_for(3)) == 3
     assert store.ahead
+
+
+class Fenced(Suspicious):
+    """A store whose lanes are set back by another instance right before something is marked for the first time."""
+
+    def commit(self, batch: Batch) -> Committed:
+        """Set back, once, and commit."""
+        if not self.markings and any(isinstance(command, Marking) for command in batch.commands):
+            other = SQLiteStore(self._address)
+            other.open(Instance("other", "other", "here", 1, 0.0))
+            other.commit(Batch(now=0.0, appends=[], units=[], commands=[Rewind("s", 0)]))
+            other.close()
+        return super().commit(batch)
+
+
+async def test_what_cannot_be_marked_does_not_begin(db: str) -> None:
+    """A lane that another has meanwhile, or that was set back elsewhere, begins nothing: each event is handled once."""
+    done = Recorder()
+    bus = EventBus(Fenced(db, ""))
+    bus.subscribe(Task, name="s", order="log")(done.note)
+    async with bus.open(dispatch=False):
+        await bus.publish_many([Task(n) for n in range(3)])
+    async with bus:
+        assert await bus.drain(10) == {}
+    assert done.seen == [Task(n) for n in range(3)]
