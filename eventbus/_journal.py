@@ -15,8 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
-import msgspec
-
+from eventbus._pending import Pending, Settling, Ticket, is_plain
 from eventbus.errors import (
     BusNotOpen,
     EventBusError,
@@ -25,7 +24,7 @@ from eventbus.errors import (
     StoreError,
     StoreLost,
 )
-from eventbus.stores.base import Batch, Command, Committed, Notice, Record, Refusal, Stored, Unit
+from eventbus.stores.base import Batch, Command, Committed, Notice, Record, Stored, Unit
 
 if TYPE_CHECKING:
     from eventbus._clock import Clock
@@ -51,13 +50,6 @@ _FATAL = (StoreLost, StoreCorrupt)
 """Failures after which nothing that the store says can be relied upon. After all others it is tried again."""
 
 
-class Settling(Protocol):
-    """Who sends units: a lane."""
-
-    def confirmed(self, unit: Unit, serial: int, refusal: Refusal | None, *, conflict: bool) -> None:
-        """What became of a unit."""
-
-
 class Listener(Protocol):
     """Who is told what the journal has done: the dispatcher. Called on the loop."""
 
@@ -80,41 +72,6 @@ class Listener(Protocol):
         """The journal has stopped for good; `told` says whether any caller was given the error."""
 
 
-class _Ticket(msgspec.Struct, eq=False):
-    """A caller who waits: for a group of records, or for a command. `kept`: the command is not given up with a failed commit."""
-
-    decided: Callable[[], object]
-    records: Sequence[Record] = ()
-    command: Command[object] | None = None
-    kept: bool = False
-    result: object = None
-
-
-class _Pending(msgspec.Struct, eq=False):
-    """What the next commit takes."""
-
-    appends: list[_Ticket] = []
-    commands: list[_Ticket] = []
-    again: list[_Ticket] = []  # submitted commands that could not be written before
-    units: list[tuple[Settling, Unit, int]] = []
-    last: dict[tuple[str, str], int] = {}  # index in units of each lane's newest, for coalescing
-    jobs: list[Callable[[], object]] = []
-    urgent: bool = False  # outcomes go at once
-    rides: bool = False  # … or with whatever else is next
-
-
-def _plain(unit: Unit) -> bool:
-    """Whether a unit says no more than where the lane's checkpoint is, so that a later one can stand for it."""
-    return (
-        unit.source == "log"
-        and unit.attempt == 0
-        and unit.death is None
-        and unit.pause is None
-        and not unit.rows
-        and not unit.published
-    )
-
-
 class Journal:
     """Runs the store's `open`, `commit` and `close` in a thread of its own."""
 
@@ -124,7 +81,7 @@ class Journal:
         self._clock = clock
         self._max_pending = max_pending
         self._lock = threading.Lock()
-        self._pending = _Pending()
+        self._pending = Pending()
         self._bell = loop.gate()
         self._asleep = False  # the thread waits for the bell
         self._dozing = False  # … or for the time at which outcomes are due
@@ -168,7 +125,7 @@ class Journal:
         if not self._admit(len(records)):
             await self._wait_for_room(len(records))
         waiter = self._loop.waiter()
-        ticket = _Ticket(waiter.set, records)
+        ticket = Ticket(waiter.set, records)
         with self._lock:
             self._pending.appends.append(ticket)
             self.turn.call()
@@ -200,9 +157,9 @@ class Journal:
         """
         ticket = self._submit(command, lambda: then(cast("T | Exception", ticket.result)), kept=True)
 
-    def _submit(self, command: Command[T], decided: Callable[[], object], *, kept: bool = False) -> _Ticket:
+    def _submit(self, command: Command[T], decided: Callable[[], object], *, kept: bool = False) -> Ticket:
         self._check()
-        ticket = _Ticket(decided, command=cast("Command[object]", command), kept=kept)
+        ticket = Ticket(decided, command=cast("Command[object]", command), kept=kept)
         with self._lock:
             self._pending.commands.append(ticket)
             self._ring()
@@ -210,18 +167,12 @@ class Journal:
 
     def settle(self, lane: Settling, unit: Unit, serial: int) -> None:
         """Write an outcome, with the next commit; `lane.confirmed` tells what became of it."""
-        key = (unit.subscription, unit.lane)
         with self._lock:
             pending = self._pending
-            last = pending.last.get(key)
-            if last is not None and _plain(unit) and _plain(pending.units[last][1]):
-                pending.units[last] = (lane, unit, serial)
-            else:
-                pending.last[key] = len(pending.units)
-                pending.units.append((lane, unit, serial))
+            pending.add(lane, unit, serial)
             if unit.published:
                 pending.urgent = True
-            elif not pending.rides and not _plain(unit):
+            elif not pending.rides and not is_plain(unit):
                 pending.rides = True
             if pending.urgent or not self._dozing:
                 self._ring()
@@ -299,12 +250,16 @@ class Journal:
             self.turn.leave()
             if told is not None:
                 self._post(*told)
-            for job in pending.jobs:
-                job()
-            if self.notice_every < math.inf:
-                self._look_around()
+            try:
+                for job in pending.jobs:
+                    job()
+                if self.notice_every < math.inf:
+                    self._look_around()
+            except BaseException as error:  # noqa: BLE001  # as in a commit: nobody may wait for ever
+                crash = self._stopped(error)
+                self._post(self._on_failed, Pending(), crash, crash)
 
-    def _is_worth_a_commit(self, pending: _Pending) -> bool:
+    def _is_worth_a_commit(self, pending: Pending) -> bool:
         if pending.appends or pending.commands or pending.units:
             return True
         return self._full and not self._closing and self._clock.monotonic() >= self._retry_at
@@ -323,7 +278,7 @@ class Journal:
         try:
             notice = self._store.notice()
         except _FATAL as error:
-            self._post(self._on_failed, _Pending(), error)
+            self._post(self._on_failed, Pending(), error)
             return
         except EventBusError as error:
             if not self._blind:
@@ -334,7 +289,7 @@ class Journal:
         if notice is not None:
             self._post(self._on_notice, notice)
 
-    def _commit(self, pending: _Pending) -> tuple[Callable[..., None], *tuple[object, ...]]:
+    def _commit(self, pending: Pending) -> tuple[Callable[..., None], *tuple[object, ...]]:
         """Commit, and return what the loop is to call, and with what."""
         try:
             committed = self._store.commit(self._batch(pending))
@@ -344,14 +299,20 @@ class Journal:
         except BaseException as error:  # noqa: BLE001  # a fault of ours or the store's: nobody may wait for ever
             wrapped = PublishOutcomeUnknown([record.id for ticket in pending.appends for record in ticket.records])
             wrapped.__cause__ = error
-            self._given_up = True
-            return self._on_failed, pending, wrapped, StoreError(f"the store failed unexpectedly: {error!r}")
+            return self._on_failed, pending, wrapped, self._stopped(error)
         self._full = committed.full is not None
         if self._full:
             self._retry_at = self._clock.monotonic() + RETRY_INTERVAL
         return self._on_committed, pending, committed
 
-    def _take(self) -> _Pending | None:
+    def _stopped(self, error: BaseException) -> StoreError:
+        """What it says when it has stopped for good, for a reason that nobody has foreseen."""
+        self._given_up = True
+        crash = StoreError(f"the store failed unexpectedly: {error!r}")
+        crash.__cause__ = error
+        return crash
+
+    def _take(self) -> Pending | None:
         """What is to be committed next; waits for it. None: there will be nothing more."""
         while True:
             with self._lock:
@@ -368,7 +329,7 @@ class Journal:
                     else:
                         self._bell.wait()  # it was rung in between
                     if self.notice_every < seconds:
-                        return _Pending()
+                        return Pending()
                     self._pending.urgent = True  # also when the wait is over by the machine's clock, but not by the one given
                     return self._taken()
 
@@ -383,9 +344,9 @@ class Journal:
         due = 0.0 if pending.urgent else self._outcomes_taken + OUTCOME_INTERVAL
         return max(due, self._retry_at) - self._clock.monotonic()
 
-    def _taken(self) -> _Pending:
+    def _taken(self) -> Pending:
         """What is pending; outcomes only where they are due, or more than moved checkpoints. With the lock held."""
-        pending, self._pending = self._pending, _Pending()
+        pending, self._pending = self._pending, Pending()
         self.turn.come()
         pending.commands[:0] = pending.again
         if self._given_up:
@@ -398,7 +359,7 @@ class Journal:
             self._pending.last, pending.last = pending.last, {}
         return pending
 
-    def _batch(self, pending: _Pending) -> Batch:
+    def _batch(self, pending: Pending) -> Batch:
         return Batch(
             now=self._clock.time(),
             appends=[ticket.records for ticket in pending.appends],
@@ -406,7 +367,7 @@ class Journal:
             commands=[ticket.command for ticket in pending.commands if ticket.command is not None],
         )
 
-    def _put_back(self, pending: _Pending, error: EventBusError) -> None:
+    def _put_back(self, pending: Pending, error: EventBusError) -> None:
         """Outcomes and submitted commands are not lost with a failed commit: they go before those that came meanwhile."""
         with self._lock:
             if isinstance(error, _FATAL) or self._closing:
@@ -417,8 +378,7 @@ class Journal:
             self._retry_at = self._clock.monotonic() + RETRY_INTERVAL
             later, self._pending.units, self._pending.last = self._pending.units, list(pending.units), {}
             for lane, unit, serial in later:
-                self._pending.last[unit.subscription, unit.lane] = len(self._pending.units)
-                self._pending.units.append((lane, unit, serial))
+                self._pending.add(lane, unit, serial)
 
     def _post(self, function: Callable[..., None], *args: object) -> None:
         try:
@@ -436,7 +396,7 @@ class Journal:
         if self.listener is not None:
             self.listener.renewal_due()
 
-    def _on_committed(self, pending: _Pending, committed: Committed) -> None:
+    def _on_committed(self, pending: Pending, committed: Committed) -> None:
         listener = self.listener
         for ticket, result in zip(pending.commands, committed.results, strict=True):
             self._decide(ticket, result)
@@ -455,7 +415,7 @@ class Journal:
             lane.confirmed(unit, serial, committed.refused.get(index), conflict=index in conflicts)
         self._admit_waiting()
 
-    def _on_failed(self, pending: _Pending, error: EventBusError, crash: EventBusError | None = None) -> None:
+    def _on_failed(self, pending: Pending, error: EventBusError, crash: EventBusError | None = None) -> None:
         if crash is not None or isinstance(error, _FATAL):
             self._crash = crash or error
             _log.critical("the journal has stopped: %s", error, exc_info=error)
@@ -476,7 +436,7 @@ class Journal:
             _log.error("dispatch waits until more can be written: %s", error)
             self.listener.halt(error)
 
-    def _decide(self, ticket: _Ticket, result: object) -> None:
+    def _decide(self, ticket: Ticket, result: object) -> None:
         self._size -= len(ticket.records)
         ticket.result = result
         ticket.decided()

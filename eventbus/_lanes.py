@@ -482,7 +482,11 @@ class Lane:
         self.retiring = True
         self.recall()
         self.flush()
-        self._waiters.append((self.is_quiet, lambda: None, _Call(quiet)))
+        self.call_when(self.is_quiet, quiet)
+
+    def call_when(self, reached: Callable[[], bool], then: Callable[[], object]) -> None:
+        """Call `then` once, as soon as this is so; now, or when an attempt has ended or the store has written something."""
+        self._waiters.append((reached, lambda: None, _Call(then)))
         self.tell_waiters()
 
     def move(self) -> None:

@@ -17,6 +17,7 @@ import anyio
 import msgspec
 
 from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
+from eventbus._probation import running
 from eventbus._serving import lanes_wanted
 from eventbus._sharing import LaneKey, fits, share
 from eventbus.errors import BusNotOpen, EventBusError, InvalidSubscription
@@ -74,6 +75,7 @@ class Membership:
         self._joined = self._leaving = self._failing = False
         self._shares: Mapping[LaneKey, str | None] = {}
         self._taken: set[LaneKey] = set()  # lanes that others have
+        self._ending: set[LaneKey] = set()  # lanes that were lost while something ran in them
         self._wanted: Mapping[str, Mapping[str, int]] = {}  # lanes and starts of all subscriptions
         self._known: Mapping[str, int] = {}  # what was in the log
         self._head = 0  # … when this had been announced
@@ -221,9 +223,17 @@ class Membership:
                 self.lose(lane)
 
     def lose(self, lane: Lane) -> None:
-        """Another has this lane now, or it was set back elsewhere; if it is ours still, it is taken anew."""
+        """Another has this lane now, or it was set back elsewhere; if it is ours still, it is taken anew. Not before what runs in
+        it has come to its end, though its outcome may be refused: two attempts would run in it at once."""
+        key = (lane.holder.options.name, lane.name)
         lane.move()
         self._dispatcher.drop_lane(lane)
+        self._ending.add(key)
+        lane.call_when(lambda: not running(lane), lambda: self._has_ended(key))
+        self.poke()
+
+    def _has_ended(self, key: LaneKey) -> None:
+        self._ending.discard(key)
         self.poke()
 
     async def _declare_again(self) -> None:
@@ -334,9 +344,11 @@ class Membership:
         return [(servings[name], lane) for name, lane in ours]
 
     def _is_ours(self, serving: Serving, lane: str) -> bool:
-        """Whether a lane that is not here is free, as far as is known, and not meant for another."""
+        """Whether a lane that is not here, with nothing left of it, is free, as far as is known, and not meant for another."""
         key, id = (serving.options.name, lane), self._instance.id
-        return lane not in serving.lanes and key not in self._taken and self._shares.get(key, id) == id
+        if lane in serving.lanes or key in self._ending:
+            return False
+        return key not in self._taken and self._shares.get(key, id) == id
 
     async def _claim(self, claims: Sequence[tuple[Serving, str]]) -> None:
         lanes = tuple((serving.options.name, lane, self._start(serving, lane)) for serving, lane in claims)

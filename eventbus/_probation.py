@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eventbus._lanes import AHEAD, Lane
 from eventbus._outcomes import RELEASED, Attempt, Failed
@@ -59,7 +59,7 @@ class Solo:
 
     def rested(self) -> None:
         """An attempt has ended."""
-        if self._then is not None and not any(_running(lane) for lane in self._lanes()):
+        if self._then is not None and not any(running(lane) + lane.holder.stuck for lane in self._lanes()):
             self._grant(alone=True)
 
     def _next(self) -> None:
@@ -88,9 +88,9 @@ class Solo:
             self.done(lane)
 
 
-def _running(lane: Lane) -> int:
-    """How many attempts of a lane really run; threads that have outlived their timeout do."""
-    return lane.running - (lane.probation.pending if lane.probation is not None else 0) + lane.holder.stuck
+def running(lane: Lane) -> int:
+    """How many attempts of a lane really run; beside threads that have outlived their timeout."""
+    return lane.running - (lane.probation.pending if lane.probation is not None else 0)
 
 
 class Probation:
@@ -115,6 +115,9 @@ class Probation:
     def take(self) -> Attempt | None:
         """The next attempt that is marked; the ones after it are taken, to be marked."""
         lane = self._lane
+        if lane.is_held_up():  # since it was marked: by the end of the lease, of which nobody tells
+            self.recall()
+            return None
         if self._solo.holder is lane:
             return self._give(self._alone)
         while not self._ready and self._solo.holder is not lane:
@@ -158,11 +161,8 @@ class Probation:
 
     def _mark(self, attempt: Attempt, *, alone: bool) -> None:
         self._alone = attempt if alone else self._alone
-        begun = (self._mark_of(attempt, alone=alone),)
-        self._submit(Marking(self._instance, begun=begun), lambda marked: self._marked(attempt, marked=marked))
-
-    def _mark_of(self, attempt: Attempt, *, alone: bool = False) -> Mark:
-        return Mark(self._lane.holder.options.name, self._lane.name, attempt.record.position, alone)
+        begun = (Mark(attempt.record.position, alone),)
+        self._submit(attempt.epoch, lambda marked: self._marked(attempt, marked=marked), begun=begun)
 
     def _marked(self, attempt: Attempt, *, marked: bool) -> None:
         if attempt.over:
@@ -182,14 +182,14 @@ class Probation:
 
     def over(self, attempt: Attempt, *, ran: bool) -> None:
         """An attempt has ended, or was given back. What is suspected stays so until it has run to an end, whichever."""
-        mark = self._mark_of(attempt)
+        position = attempt.record.position
         if ran:
-            self._suspects.pop(attempt.record.position, None)
+            self._suspects.pop(position, None)
             self._left -= 1
-        if ran or attempt.record.position not in self._suspects:
-            self._submit(Marking(self._instance, over=(mark,)))
+        if ran or position not in self._suspects:
+            self._submit(attempt.epoch, over=(position,))
         else:
-            self._submit(Marking(self._instance, begun=(mark,)))
+            self._submit(attempt.epoch, begun=(Mark(position),))
         if attempt is self._alone:
             self._alone = None
             self._solo.done(self._lane)
@@ -209,10 +209,12 @@ class Probation:
         if self.pending:
             return
         self._lane.probation = None
-        self._submit(Marking(self._instance, cleared=((self._lane.holder.options.name, self._lane.name),)))
+        self._submit(self._lane.epoch, cleared=True)
 
-    def _submit(self, marking: Marking, then: Callable[[bool], object] = lambda _marked: None) -> None:
+    def _submit(self, epoch: int, then: Callable[[bool], object] = lambda _marked: None, **parts: Any) -> None:
+        """Have something noted; `then` is told whether it is. `parts`: fields of `Marking`."""
+        marking = Marking(self._instance, self._lane.holder.options.name, self._lane.name, epoch, **parts)
         try:
-            self._journal.submit(marking, lambda result: then(not isinstance(result, Exception)))
+            self._journal.submit(marking, lambda result: then(result is True))
         except EventBusError:  # the bus is closing, or the journal has stopped: nothing is started any more
             then(False)

@@ -90,9 +90,9 @@ class Commands:
         """See `Release`."""
         release(self._connection, command)
 
-    def mark(self, command: Marking) -> None:
+    def mark(self, command: Marking) -> bool:
         """See `Marking`."""
-        mark(self._connection, command)
+        return mark(self._connection, command)
 
     # -------------------------------------------------------------- subscriptions
 

@@ -74,8 +74,13 @@ class LockFile:
     # -------------------------------------------------------------- whose turn it is
 
     def take_turn(self, seconds: float) -> bool:
-        """Wait for the turn to write, at most so long; False if it did not come. It is given back with `give_turn`."""
-        return self._queue.take(seconds)
+        """Wait for the turn to write, at most so long; False if it did not come. It is given back with `give_turn`.
+
+        Raises:
+            StoreUnavailable: the kernel gives no lock.
+        """
+        with _translated(self.path):
+            return self._queue.take(seconds)
 
     def give_turn(self) -> None:
         """The turn is the next one's."""
@@ -98,26 +103,40 @@ class LockFile:
         """From now on, until this file is closed or this process dies, this instance lives."""
         if hasattr(fcntl, "F_OFD_SETLK"):
             try:
-                fcntl.fcntl(self._opened(), fcntl.F_OFD_SETLK, _byte_of(instance, fcntl.F_WRLCK))
+                with _translated(self.path):
+                    fcntl.fcntl(self._opened(), fcntl.F_OFD_SETLK, _byte_of(instance, fcntl.F_WRLCK))
             except BlockingIOError:
                 raise StoreInUse(f"{self.path}: an instance with the id {instance} is alive; try again") from None
 
     def lives(self, instance: str) -> bool | None:
         """Whether an instance holds its lock; None where this cannot be told (no such locks there): its lease tells."""
-        return lives_in(self._opened(), instance)
+        with _translated(self.path):
+            return lives_in(self._opened(), instance)
 
     def is_alone(self) -> bool:
         """Whether no other instance holds its lock; True also where that cannot be told."""
         if not hasattr(fcntl, "F_OFD_GETLK"):
             return True
         all_of_them = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LIVES, 1 << 32, 0)
-        answer = fcntl.fcntl(self._opened(), fcntl.F_OFD_GETLK, all_of_them)
+        with _translated(self.path):
+            answer = fcntl.fcntl(self._opened(), fcntl.F_OFD_GETLK, all_of_them)
         return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
 
     def _opened(self) -> int:
         if self._descriptor is None:
             raise StoreUnavailable(f"{self.path} is closed")
         return self._descriptor
+
+
+@contextlib.contextmanager
+def _translated(path: str) -> Iterator[None]:
+    """What the kernel refuses is an error of the store, but for a lock that another has."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise StoreUnavailable(f"{path}: the kernel does not tell of its locks: {error}") from error
 
 
 def lives_in(descriptor: int, instance: str) -> bool | None:
@@ -154,6 +173,7 @@ class _Queue:
         self._asked = threading.Semaphore(0)
         self._got = threading.Semaphore(0)
         self._wanted = self._asking = self._closed = False
+        self._failure: OSError | None = None
         self._thread: threading.Thread | None = None
 
     def take(self, seconds: float) -> bool:
@@ -167,13 +187,15 @@ class _Queue:
                 else:
                     return True
             self._wanted = True
-        if self._got.acquire(timeout=seconds):
-            return True
-        with self._mutex:
-            if self._wanted:
-                self._wanted = False
-                return False
-        self._got.acquire()  # it came in between
+        if not self._got.acquire(timeout=seconds):
+            with self._mutex:
+                if self._wanted:
+                    self._wanted = False
+                    return False
+            self._got.acquire()  # it came in between
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         return True
 
     def _ask(self) -> None:
@@ -188,16 +210,20 @@ class _Queue:
             self._asked.acquire()
             if self._closed:
                 return
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            failure: OSError | None = None
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                failure = error  # whoever waits is told; the next one asks anew
             with self._mutex:
                 self._asking = False
                 if self._closed:
                     os.close(self._descriptor)
                     return
                 if self._wanted:
-                    self._wanted = False
+                    self._wanted, self._failure = False, failure
                     self._got.release()
-                else:
+                elif failure is None:
                     fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from eventbus.stores.base import Beat, Claim, LaneState, Marking, Release
 
 Connection = sqlite3.Connection
 Lives = Callable[[str], bool | None]
+_AMONG = "(subscription, lane) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"
 
 
 @functools.cache
@@ -37,7 +38,7 @@ def beat(connection: Connection, command: Beat, now: float, lives: Lives) -> boo
     """See `Beat`. `lives` tells whether an instance holds its lock, None where that cannot be told."""
     who = command.instance
     if command.leaving:
-        _acquit(connection, who.id)
+        _acquit(connection, "instance = ?", who.id)
         _remove(connection, [who.id])
         return True
     rows = one(connection, _MEMBERS, (), _MEMBER_ROWS, "instances")
@@ -46,7 +47,7 @@ def beat(connection: Connection, command: Beat, now: float, lives: Lives) -> boo
     if gone:
         _suspect(connection, [row[0] for row in gone if _has_died(row, lives)])
         for row in gone:
-            _acquit(connection, row[0])
+            _acquit(connection, "instance = ?", row[0])
         _remove(connection, [row[0] for row in gone])
     serves, holds = (msgspec.json.encode(value, order="sorted").decode() for value in (command.serves, command.holds))
     connection.execute(
@@ -107,6 +108,8 @@ def claim(connection: Connection, command: Claim) -> tuple[LaneState | None, ...
     claimed = [state for state in results if state is not None]
     if claimed:
         write_lanes(connection, claimed, command.instance)
+        pairs = msgspec.json.encode([(state.subscription, state.lane) for state in claimed]).decode()
+        _acquit(connection, _AMONG, pairs)
     return tuple(results)
 
 
@@ -118,11 +121,7 @@ def first_epoch(generation: int) -> int:
 def release(connection: Connection, command: Release) -> None:
     """See `Release`."""
     pairs = (msgspec.json.encode(command.lanes).decode(),)
-    connection.execute(
-        "UPDATE lanes SET owner = NULL WHERE owner = ? AND (subscription, lane) IN "
-        "(SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))",
-        (command.instance, *pairs),
-    )
+    connection.execute(f"UPDATE lanes SET owner = NULL WHERE owner = ? AND {_AMONG}", (command.instance, *pairs))
     connection.execute(BUMP)
 
 
@@ -138,10 +137,10 @@ def fence(connection: Connection, subscription: str, instance: str) -> None:
 # ------------------------------------------------------------------ probation
 
 
-def _acquit(connection: Connection, instance: str) -> None:
-    """What an instance had under way that has left, or has not died, is no more suspicious than before."""
-    connection.execute("DELETE FROM marks WHERE instance = ? AND suspect = 0", (instance,))
-    connection.execute("UPDATE marks SET instance = NULL, alone = 0 WHERE instance = ?", (instance,))
+def _acquit(connection: Connection, which: str, value: str) -> None:
+    """What was under way is no more suspicious than before: an instance has left, or has not died; or a lane begins anew."""
+    connection.execute(f"DELETE FROM marks WHERE {which} AND suspect = 0", (value,))
+    connection.execute(f"UPDATE marks SET instance = NULL, alone = 0 WHERE {which}", (value,))
 
 
 def _suspect(connection: Connection, dead: list[str]) -> None:
@@ -155,17 +154,22 @@ def _suspect(connection: Connection, dead: list[str]) -> None:
     )
 
 
-def mark(connection: Connection, command: Marking) -> None:
+def mark(connection: Connection, command: Marking) -> bool:
     """See `Marking`."""
-    for each in command.over:
-        connection.execute("DELETE FROM marks WHERE subscription = ? AND position = ?", (each.subscription, each.position))
+    name, lane = place = command.subscription, command.lane
+    ours = "SELECT 1 FROM lanes WHERE subscription = ? AND lane = ? AND epoch = ?"
+    if connection.execute(ours, (*place, command.epoch)).fetchone() is None:
+        return False
+    for position in command.over:
+        connection.execute("DELETE FROM marks WHERE subscription = ? AND position = ?", (name, position))
     for each in command.begun:
         connection.execute(
             "INSERT INTO marks (subscription, position, lane, instance, alone, suspect, deaths) VALUES (?, ?, ?, ?, ?, 0, 0) "
             "ON CONFLICT (subscription, position) DO UPDATE SET lane = excluded.lane, instance = excluded.instance, "
             "alone = excluded.alone",
-            (each.subscription, each.position, each.lane, command.instance, int(each.alone)),
+            (name, each.position, lane, command.instance, int(each.alone)),
         )
-    for key in command.cleared:
-        connection.execute("UPDATE lanes SET deaths = 0 WHERE subscription = ? AND lane = ?", key)
-        connection.execute("DELETE FROM marks WHERE subscription = ? AND lane = ?", key)
+    if command.cleared:
+        connection.execute("UPDATE lanes SET deaths = 0 WHERE subscription = ? AND lane = ?", place)
+        connection.execute("DELETE FROM marks WHERE subscription = ? AND lane = ?", place)
+    return True

@@ -166,29 +166,32 @@ class Beat(Command[bool], frozen=True):
 class Mark(msgspec.Struct, frozen=True):
     """An attempt that is about to run in a lane on probation. alone: nothing else runs in the process meanwhile."""
 
-    subscription: str
-    lane: str
     position: int
     alone: bool = False
 
 
-class Marking(Command[None], frozen=True):
-    """Lanes whose owner has died are on probation: note what an instance begins in them, and what is over.
+class Marking(Command[bool], frozen=True):
+    """A lane whose owner has died is on probation: note what an instance begins in it, and what is over. The result is False if
+    this was left out, whole, because the lane is in another epoch, as with a `Unit`: then it may be another's.
 
     What an instance has begun when it is found dead (see `Beat`) is suspected from then on; if it was alone, it is charged
     with the death as well. See `Suspicions`. An instance that leaves takes its marks along, but for what was suspected before;
     and so does one whose lease has ended while the store knows that its process lives, stopped perhaps or hanging, and one of
-    another start of the machine: neither has died of an event.
+    another start of the machine: neither has died of an event. Nor is anybody's death charged to what had been begun in a lane
+    before it was claimed.
 
     Attributes:
-        begun: marks that are added. over: … that are removed. cleared: lanes that are not on probation any more, by subscription
-            and name; their marks go.
+        begun: marks that are added. over: positions whose marks are removed. cleared: the lane is not on probation any more; its
+            marks go.
     """
 
     instance: str
+    subscription: str
+    lane: str
+    epoch: int
     begun: tuple[Mark, ...] = ()
-    over: tuple[Mark, ...] = ()
-    cleared: tuple[tuple[str, str], ...] = ()
+    over: tuple[int, ...] = ()
+    cleared: bool = False
 
 
 class Revived(msgspec.Struct, frozen=True):

@@ -409,10 +409,9 @@ class SQLiteStore:
             if version == self._data_version and not died:
                 return None
             head, changes = writer.execute(f"SELECT {HEAD}, changes FROM log_state").fetchone()
-        self._data_version = version
-        if changes != self._changes:
-            self._changes = changes
-            self._others = [id for (id,) in writer.execute("SELECT id FROM instances") if id != self._instance]
+            if changes != self._changes:
+                self._others = [id for (id,) in writer.execute("SELECT id FROM instances") if id != self._instance]
+        self._data_version, self._changes = version, changes
         return Notice(head, changes, died)
 
     def _lives(self, instance: str) -> bool | None:

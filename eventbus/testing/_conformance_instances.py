@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from eventbus.stores.base import (
     Beat,
     Claim,
+    Instance,
     Lanes,
+    LaneState,
     Mark,
     Marking,
     Pause,
@@ -315,6 +318,9 @@ class OnProbation(Shared):
     def _dies(self, store: Store, *marks: Mark) -> tuple[Suspicion, ...]:
         """Another instance owns the lane, has begun these, and its process dies. Then there is another one of that name."""
         self._works(store, *marks)
+        return self._end(store)
+
+    def _end(self, store: Store) -> tuple[Suspicion, ...]:
         if self._second is not None:
             self._second.close()  # where no store can tell, the end of the lease stands for the death
         self.beat(store, INSTANCE, monotonic=106.0)
@@ -322,17 +328,23 @@ class OnProbation(Shared):
             self._second.open(OTHER)
         return store.read(Suspicions())
 
-    def _works(self, store: Store, *marks: Mark) -> None:
+    def _works(self, store: Store, *marks: Mark) -> LaneState:
         self.beat(store, OTHER, monotonic=100.0, lease=5.0)
-        self.run(store, Claim(OTHER.id, (("mailer", "order.created", 0),)))
+        (state,) = self.run(store, Claim(OTHER.id, (("mailer", "order.created", 0),)))
+        assert state is not None
         if marks:
-            self.run(store, Marking(OTHER.id, begun=marks))
+            assert self._note(store, OTHER, state, begun=marks)
+        return state
+
+    def _note(self, store: Store, who: Instance, state: LaneState, **parts: Any) -> bool:
+        """Note what is going on in a lane."""
+        return self.run(store, Marking(who.id, state.subscription, state.lane, state.epoch, **parts))
 
     def test_a_death_raises_suspicion(self, store: Store) -> None:
         """The lanes of an instance that dies are on probation, with what it had marked; those of one that leaves are not."""
         self.register(store)
         assert self._dies(store) == (Suspicion("mailer", "order.created", 1),)
-        mark = Mark("mailer", "order.created", 3)
+        mark = Mark(3)
         assert self._dies(store, mark) == (Suspicion("mailer", "order.created", 2, (Suspect(3, 0),)),)
 
     def test_a_lease_that_has_ended_is_no_death(self, store: Store) -> None:
@@ -341,14 +353,14 @@ class OnProbation(Shared):
         if self._second is None or not self.tells_deaths:
             pytest.skip("this store cannot tell who has died")
         self.register(store)
-        marks = (Mark("mailer", "order.created", 3, alone=True), Mark("mailer", "order.created", 4))
+        marks = (Mark(3, alone=True), Mark(4))
         self._works(store, *marks)
         self.beat(store, INSTANCE, monotonic=106.0)
         assert [each.owner for each in store.read(Stand()).lanes] == [None]
         assert store.read(Suspicions()) == ()
         before = self._dies(store, *marks)
         assert before == (Suspicion("mailer", "order.created", 1, (Suspect(3, 1), Suspect(4, 0))),)
-        self._works(store, *marks, Mark("mailer", "order.created", 5))
+        self._works(store, *marks, Mark(5))
         self.beat(store, INSTANCE, monotonic=106.0)
         assert store.read(Suspicions()) == before
         self._works(store)
@@ -358,35 +370,53 @@ class OnProbation(Shared):
     def test_what_is_over_is_not_suspected(self, store: Store) -> None:
         """A mark that was removed before the death is none."""
         self.register(store)
-        self.beat(store, OTHER, monotonic=100.0, lease=5.0)
-        mark = Mark("mailer", "order.created", 3)
-        self.run(store, Marking(OTHER.id, begun=(mark,)))
-        self.run(store, Marking(OTHER.id, over=(mark,)))
-        assert self._dies(store) == (Suspicion("mailer", "order.created", 1),)
+        state = self._works(store, Mark(3))
+        assert self._note(store, OTHER, state, over=(3,))
+        assert self._end(store) == (Suspicion("mailer", "order.created", 1),)
 
     def test_only_what_was_alone_is_charged(self, store: Store) -> None:
         """A death is charged to what was alone, and adds up."""
         self.register(store)
         for deaths in (1, 2):
-            (found,) = self._dies(store, Mark("mailer", "order.created", 3, alone=True), Mark("mailer", "order.created", 4))
+            (found,) = self._dies(store, Mark(3, alone=True), Mark(4))
             assert found.marks == (Suspect(3, deaths), Suspect(4, 0))
 
     def test_who_leaves_is_not_suspected(self, store: Store) -> None:
         """An instance that leaves takes its marks along, but for what was suspected before; that is charged with nothing."""
         self.register(store)
-        self._dies(store, Mark("mailer", "order.created", 3))
-        marks = (Mark("mailer", "order.created", 3, alone=True), Mark("mailer", "order.created", 4))
-        self.run(store, Marking(INSTANCE.id, begun=marks))
+        self._dies(store, Mark(3))
+        marks = (Mark(3, alone=True), Mark(4))
+        self._note(store, INSTANCE, self.claim(store), begun=marks)
         self.run(store, Beat(INSTANCE, leaving=True))
         assert store.read(Suspicions()) == (Suspicion("mailer", "order.created", 1, (Suspect(3, 0),)),)
 
     def test_cleared(self, store: Store) -> None:
         """A lane that is cleared is not on probation, and nothing in it is suspected."""
         self.register(store)
-        self._dies(store, Mark("mailer", "order.created", 3))
-        self.run(store, Marking(INSTANCE.id, cleared=(("mailer", "order.created"),)))
+        self._dies(store, Mark(3))
+        self._note(store, INSTANCE, self.claim(store), cleared=True)
+        self.run(store, Beat(INSTANCE, leaving=True))
         assert store.read(Suspicions()) == ()
         assert self._dies(store) == (Suspicion("mailer", "order.created", 1),)
+
+    def test_what_is_noted_in_another_epoch_is_left_out(self, store: Store) -> None:
+        """Who had a lane before, and goes on after it was stopped, changes nothing of what its owner has noted there."""
+        self.register(store)
+        before = self._works(store)
+        self._end(store)
+        state = self._works(store, Mark(3, alone=True))
+        for parts in ({"begun": (Mark(3), Mark(4))}, {"over": (3,)}, {"cleared": True}):
+            assert not self._note(store, INSTANCE, before, **parts)
+        unknown = msgspec.structs.replace(state, lane="other")
+        assert not self._note(store, INSTANCE, unknown, over=(3,))
+        assert self._end(store) == (Suspicion("mailer", "order.created", 2, (Suspect(3, 1),)),)
+
+    def test_a_lane_that_is_claimed_again(self, store: Store) -> None:
+        """What was begun there before is not suspected when the process dies later; what had been suspected is not charged."""
+        self.register(store)
+        self._dies(store, Mark(3))
+        self._works(store, Mark(3, alone=True), Mark(4, alone=True))
+        assert self._dies(store) == (Suspicion("mailer", "order.created", 2, (Suspect(3, 0),)),)
 
 
 class Reviving(ConformanceBase):

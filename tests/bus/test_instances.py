@@ -16,7 +16,7 @@ import pytest
 
 from eventbus import Delivery, DeliveryStatus, Draft, EventBus, HandlingFailed, LaneLost, Reject, RetryPolicy
 from eventbus._membership import NOBODY
-from eventbus.stores.base import Batch, Claim, Committed, Lanes, Record
+from eventbus.stores.base import Batch, Beat, Claim, Committed, Lanes, Record
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.shops import Lapsing, Paid, Placed, Shop, opened, running, until
 from tests.bus.support import Recorder
@@ -527,14 +527,48 @@ async def test_a_lane_that_is_rewound_while_it_is_to_go_to_another(db: str) -> N
             assert await seen.wait_for(1) == [Placed(1)]
 
 
+@pytest.mark.parametrize("lapses", [False, True])
+async def test_a_lane_that_is_lost_and_taken_anew_while_it_runs(db: str, lapses: bool) -> None:
+    """What runs in it comes to its end before its events come again: no two attempts run at once in a strict lane."""
+    first, desk, began, ended, go_on = Shop(db, order="log"), EventBus(db), Recorder(), Recorder(), anyio.Event()
+    first.bus = EventBus(db)
+
+    @first.bus.subscribe(Placed, name="stock", order="log")
+    async def stock(placed: Placed) -> None:
+        began.add(len(ended.seen))
+        await go_on.wait()
+        ended.add(placed.n)
+
+    async with first.bus, desk:
+        await desk.publish(Placed(1))
+        await began.wait_for(1)
+        membership, (lane,) = running(first).membership, running(first).dispatcher.lanes()
+        with anyio.fail_after(10):
+            if lapses:
+                await running(first).journal.command(Beat(membership._instance, leaving=True))  # as another says of it
+                membership.poke()
+            else:
+                await desk.rewind("stock")
+            while not lane.closed:
+                await anyio.lowlevel.checkpoint()
+            for _ in range(3):
+                membership.poke()
+                await membership.next_step()
+        go_on.set()
+        assert await first.bus.drain(10) == {}
+        assert began.seen == list(range(len(ended.seen)))  # each began when all before it had ended
+        assert lapses or len(ended.seen) == 2
+
+
 async def test_handled_while_lanes_move(db: str) -> None:
     """An event is not taken for settled because its lane was here when the others were looked at, and is not any more."""
     worker, audit, publisher = Shop(db), Recorder(), EventBus(db)
-    gate = anyio.Event()
+    gates, attempts = [anyio.Event(), anyio.Event()], Recorder()
 
     @publisher.subscribe(Placed, name="stock")
-    async def stock(_placed: Placed) -> None:
-        await gate.wait()
+    async def stock(placed: Placed) -> None:
+        attempts.add(placed)
+        await gates[len(attempts.seen) - 1].wait()
 
     worker.bus = EventBus(db)
     worker.bus.subscribe(Placed, name="audit")(audit.note)
@@ -550,11 +584,14 @@ async def test_handled_while_lanes_move(db: str) -> None:
             of.status.of = look  # type: ignore[method-assign]
             while (found := await look(event_id))["audit"] != DeliveryStatus.HANDLED:
                 await anyio.lowlevel.checkpoint()
-            for lane in of.dispatcher.lanes():
-                of.membership.lose(lane)
+            (lane,) = of.dispatcher.lanes()
+            await worker.bus.rewind("stock")
+            while not lane.closed:
+                await anyio.lowlevel.checkpoint()
+            gates[0].set()
             return found
 
         of.status.of = move_meanwhile  # type: ignore[method-assign]
         assert await of.elsewhere.settled(record) == {}
         assert [lane.has_settled(record) for lane in of.dispatcher.lanes_of(record)] == [False]
-        gate.set()
+        gates[1].set()

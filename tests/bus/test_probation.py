@@ -8,8 +8,9 @@ import attrs
 import pytest
 
 from eventbus import Breaker, EventBus, RetryPolicy, _probation
+from eventbus._outcomes import Attempt
 from eventbus.hooks import CircuitOpened
-from eventbus.stores.base import Batch, Committed, Marking, Order, Suspicion, Suspicions
+from eventbus.stores.base import Batch, Committed, Instance, Marking, Order, Rewind, Suspicion, Suspicions
 from eventbus.stores.queries import Suspect
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import HookRecorder, Recorder
@@ -27,6 +28,11 @@ class Suspicious(SQLiteStore):
         super().__init__(db, durability="fast")
         self._suspicion = Suspicion("s", lane, 1, suspects)
         self.markings = 0
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        """The machine's clock, which may have gone on while the process did not."""
+        return super().monotonic() + self.ahead
 
     def read(self, query: Any) -> Any:
         """What is suspected is made up, the rest is read."""
@@ -78,3 +84,47 @@ async def test_an_open_circuit(db: str, order: Order) -> None:
         assert await bus.dead_letters.list() == []
     assert sorted(done.seen) == list(range(5))
     assert store.markings < 50
+
+
+async def test_a_lease_that_lapses_before_what_is_marked_begins(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane goes on as soon as the lease is renewed."""
+    store, done = Suspicious(db, ""), Recorder()
+    tell = _probation.Probation._marked
+
+    def tell_and_lapse(probation: _probation.Probation, attempt: Attempt, *, marked: bool) -> None:
+        tell(probation, attempt, marked=marked)
+        store.ahead = 20.0
+
+    monkeypatch.setattr(_probation.Probation, "_marked", tell_and_lapse)
+    bus = EventBus(store, lease=10.0)
+    bus.subscribe(Task, name="s", order="log")(done.note)
+    async with bus.open(dispatch=False):
+        await bus.publish_many([Task(n) for n in range(3)])
+    async with bus:
+        assert len(await done.wait_for(3)) == 3
+    assert store.ahead
+
+
+class Fenced(Suspicious):
+    """A store whose lanes are set back by another instance right before something is marked for the first time."""
+
+    def commit(self, batch: Batch) -> Committed:
+        """Set back, once, and commit."""
+        if not self.markings and any(isinstance(command, Marking) for command in batch.commands):
+            other = SQLiteStore(self._address)
+            other.open(Instance("other", "other", "here", 1, 0.0))
+            other.commit(Batch(now=0.0, appends=[], units=[], commands=[Rewind("s", 0)]))
+            other.close()
+        return super().commit(batch)
+
+
+async def test_what_cannot_be_marked_does_not_begin(db: str) -> None:
+    """A lane that another has meanwhile, or that was set back elsewhere, begins nothing: each event is handled once."""
+    done = Recorder()
+    bus = EventBus(Fenced(db, ""))
+    bus.subscribe(Task, name="s", order="log")(done.note)
+    async with bus.open(dispatch=False):
+        await bus.publish_many([Task(n) for n in range(3)])
+    async with bus:
+        assert await bus.drain(10) == {}
+    assert done.seen == [Task(n) for n in range(3)]

@@ -13,7 +13,6 @@ from eventbus.stores.base import (
     DeadLetterFilter,
     DeadLetterRow,
     LaneState,
-    Mark,
     Member,
     Record,
     Subscribed,
@@ -56,10 +55,11 @@ class Present:
 
 @attrs.define
 class Marked:
-    """An attempt that somebody has begun in a lane on probation; `by` is None once that has died."""
+    """An attempt that somebody has begun in a lane on probation, alone perhaps; `by` is None once that has died."""
 
-    mark: Mark
-    by: str | None
+    lane: str
+    by: str | None = None
+    alone: bool = False
     suspect: bool = False
     deaths: int = 0
 
@@ -93,6 +93,14 @@ class Disk:
     def lanes_of(self, subscription: str) -> list[Lane]:
         """A subscription's lanes, by name."""
         return [lane for key, lane in sorted(self.lanes.items()) if key[0] == subscription]
+
+    def marks_of(self, subscription: str, lane: str) -> list[tuple[str, int]]:
+        """Where the marks of a lane are."""
+        return [place for place, marked in self.marks.items() if (place[0], marked.lane) == (subscription, lane)]
+
+    def marks_by(self, instances: set[str]) -> list[tuple[str, int]]:
+        """Where the marks of some instances are."""
+        return [place for place, marked in self.marks.items() if marked.by in instances]
 
     def rows_of(self, subscription: str | None) -> list[WaitingRow]:
         """A subscription's waiting deliveries, or all, by position."""

@@ -6,7 +6,7 @@ raises has changed nothing yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -234,7 +234,7 @@ def _rewind(scene: Scene, command: Rewind) -> tuple[LaneState, ...]:
 def _beat(scene: Scene, command: Beat) -> bool:
     disk, id = scene.disk, command.instance.id
     if command.leaving:
-        _acquit(disk, {id})
+        _acquit(disk, disk.marks_by({id}))
         _remove(disk, {id})
         return True
     gone = {
@@ -244,7 +244,7 @@ def _beat(scene: Scene, command: Beat) -> bool:
     }
     if gone:
         _suspect(disk, {other for other in gone if scene.lives(other) is not True})  # of the rest only the lease has ended
-        _acquit(disk, gone)
+        _acquit(disk, disk.marks_by(gone))
         _remove(disk, gone)
     known = disk.present.get(id)
     member = Member(command.instance, scene.now, command.serves, command.holds)
@@ -263,12 +263,13 @@ def _remove(disk: Disk, instances: set[str]) -> None:
     disk.changes += 1
 
 
-def _acquit(disk: Disk, instances: set[str]) -> None:
-    for place, marked in list(disk.marks.items()):
-        if marked.by in instances and not marked.suspect:
+def _acquit(disk: Disk, places: Iterable[tuple[str, int]]) -> None:
+    for place in places:
+        marked = disk.marks[place]
+        if marked.suspect:
+            marked.by, marked.alone = None, False
+        else:
             del disk.marks[place]
-        elif marked.by in instances:
-            marked.by, marked.mark = None, msgspec.structs.replace(marked.mark, alone=False)
 
 
 def _suspect(disk: Disk, dead: set[str]) -> None:
@@ -278,22 +279,25 @@ def _suspect(disk: Disk, dead: set[str]) -> None:
     for marked in disk.marks.values():
         if marked.by in dead:
             marked.suspect, marked.by = True, None
-            marked.deaths += marked.mark.alone
-            marked.mark = msgspec.structs.replace(marked.mark, alone=False)
+            marked.deaths += marked.alone
+            marked.alone = False
 
 
-def _marking(scene: Scene, command: Marking) -> None:
-    disk = scene.disk
-    for mark in command.over:
-        disk.marks.pop((mark.subscription, mark.position), None)
+def _marking(scene: Scene, command: Marking) -> bool:
+    disk, name = scene.disk, command.subscription
+    lane = disk.lanes.get((name, command.lane))
+    if lane is None or lane.state.epoch != command.epoch:
+        return False
+    for position in command.over:
+        disk.marks.pop((name, position), None)
     for mark in command.begun:
-        marked = disk.marks.setdefault((mark.subscription, mark.position), Marked(mark, None))
-        marked.mark, marked.by = mark, command.instance
-    for name, lane in command.cleared:
-        if (name, lane) in disk.lanes:
-            disk.lanes[name, lane].deaths = 0
-        for place in [p for p, m in disk.marks.items() if (m.mark.subscription, m.mark.lane) == (name, lane)]:
+        marked = disk.marks.setdefault((name, mark.position), Marked(command.lane))
+        marked.lane, marked.by, marked.alone = command.lane, command.instance, mark.alone
+    if command.cleared:
+        lane.deaths = 0
+        for place in disk.marks_of(name, command.lane):
             del disk.marks[place]
+    return True
 
 
 def _claim(scene: Scene, command: Claim) -> tuple[LaneState | None, ...]:
@@ -312,6 +316,7 @@ def _claim(scene: Scene, command: Claim) -> tuple[LaneState | None, ...]:
         claimed = disk.lanes.setdefault((name, lane), fresh)
         claimed.state = msgspec.structs.replace(claimed.state, epoch=claimed.state.epoch + 1)
         claimed.owner = command.instance
+        _acquit(disk, disk.marks_of(name, lane))
         results.append(claimed.state)
     return tuple(results)
 

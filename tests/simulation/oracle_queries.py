@@ -131,9 +131,9 @@ def _suspicions(disk: Disk, _: Suspicions) -> tuple[Suspicion, ...]:
     found = []
     for (name, lane), state in sorted(disk.lanes.items()):
         marks = [
-            Suspect(marked.mark.position, marked.deaths)
-            for _, marked in sorted(disk.marks.items())
-            if (marked.mark.subscription, marked.mark.lane) == (name, lane) and marked.suspect
+            Suspect(position, marked.deaths)
+            for (subscription, position), marked in sorted(disk.marks.items())
+            if (subscription, marked.lane) == (name, lane) and marked.suspect
         ]
         if state.deaths:
             found.append(Suspicion(name, lane, state.deaths, tuple(marks)))

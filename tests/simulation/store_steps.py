@@ -286,14 +286,12 @@ class History:
         return Beat(who, self._monotonic, 10.0, serves, (), pinned, leaving=chance.random() < 0.2)
 
     def mark(self) -> Marking:
-        """Some marks come, some go."""
-        marks = []
-        for _ in range(self.chance.randint(1, 3)):
-            lane = self.chance.choice(list(self.disk.lanes))
-            marks.append(Mark(*lane, self.chance.randint(1, 3), alone=self.chance.random() < 0.5))
-        cleared = tuple((mark.subscription, mark.lane) for mark in marks[:1]) if self.chance.random() < 0.2 else ()
-        over = tuple(marks[1:2]) if self.chance.random() < 0.5 else ()
-        return Marking(self.instance(), tuple(marks), over, cleared)
+        """Some marks of a lane come, some go; now and then those of one who had it before."""
+        chance, lane = self.chance, self.chance.choice(list(self.disk.lanes))
+        epoch = self.disk.lanes[lane].state.epoch - (chance.random() < 0.2)
+        begun = [Mark(chance.randint(1, 3), alone=chance.random() < 0.5) for _ in range(chance.randint(1, 3))]
+        over = (chance.randint(1, 3),) if chance.random() < 0.5 else ()
+        return Marking(self.instance(), *lane, epoch, tuple(begun), over, cleared=chance.random() < 0.2)
 
     def revive(self) -> Revive:
         """Some deliveries of a lane's past."""
