@@ -146,9 +146,8 @@ class Lane:
         self.sources: list[Source] = []
         self.blocked: str | None = None
         self.blocked_at = 0
-        self.closed = False
+        self.closed = self.scheduled = False
         self.retiring = False  # it is to go to another instance, as soon as it is quiet
-        self.scheduled = False
         self.running = 0
         self._turn = 0
         self._serial = 0  # deliveries settled
