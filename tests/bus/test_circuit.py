@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -16,7 +15,7 @@ from eventbus import Breaker, Draft, EventBus, Reject, RetryPolicy, _circuit, ev
 from eventbus._circuit import Circuit, State
 from eventbus._running import Running
 from eventbus.hooks import CircuitClosed, CircuitOpened
-from tests.bus.support import HookRecorder, Recorder
+from tests.bus.support import HookRecorder, Recorder, until
 
 ONCE = RetryPolicy(attempts=1)
 QUICK = Breaker(failures=3, first=0.01, factor=1.0)
@@ -67,12 +66,6 @@ class Works:
 def running(bus: EventBus) -> Running:
     assert bus._running is not None
     return bus._running
-
-
-async def until(reached: Callable[[], bool]) -> None:
-    with anyio.fail_after(10):
-        while not reached():
-            await anyio.lowlevel.checkpoint()
 
 
 @pytest.mark.parametrize(("order", "stays"), [("type", [0, 1]), ("log", [0, 1]), ("key", [0, 1]), ("none", [1])])
