@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -14,6 +15,7 @@ import pytest
 from eventbus import Breaker, Draft, EventBus, Reject, RetryPolicy, _circuit, event
 from eventbus._circuit import Circuit, State
 from eventbus._running import Running
+from eventbus._serving import Serving
 from eventbus.hooks import CircuitClosed, CircuitOpened
 from tests.bus.support import HookRecorder, Recorder, until
 
@@ -106,6 +108,33 @@ async def test_what_was_redriven_is_not_taken_back(any_db: str, monkeypatch: pyt
         assert await works.bus.drain(10) == {}
         assert await works.dead() == []
     assert sorted(works.done.seen) == [0, 1, 2]
+
+
+async def test_a_redrive_that_is_acked_as_its_lane_is_set_back(any_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ack that comes when the store has set the lane back, and before the lane knows, is left out: the redrive is made again."""
+    monkeypatch.setattr(_circuit, "PATIENCE", 0.01)
+    told: list[Callable[[], object]] = []
+    was_set_back = Serving.was_set_back
+    monkeypatch.setattr(Serving, "was_set_back", lambda *given: told.append(lambda: was_set_back(*given)))
+    works = Works(any_db, order="none", breaker=attrs.evolve(QUICK, failures=2))
+    works.does[0] = Reject("no")
+    works.fails(1, 2)
+    async with works.bus:
+        await works.bus.publish(Task(0))
+        assert await works.bus.drain(10) == {}
+        works.does[0] = gate = anyio.Event()
+        await works.bus.dead_letters.redrive(all=True)
+        await works.begun.wait_for(2)
+        await works.bus.publish_many([Task(1), Task(2)])
+        await until(lambda: told)
+        gate.set()
+        await works.done.wait_for(1)
+        await running(works.bus).journal.written()
+        works.does = {}
+        told[0]()
+        assert await works.bus.drain(10) == {}
+        assert await works.dead() == []
+    assert sorted(works.done.seen) == [0, 0, 1, 2]
 
 
 async def test_what_is_rewound_is_not_taken_back(any_db: str) -> None:
