@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -197,7 +197,14 @@ class Circuit:
             run, self._run = sorted(self._run.items()), {}
             left = [(position, entry) for position, entry in run if entry is not None]
             revived = [Revived(each.lane.name, each.epoch, position, each.key, each.attempts) for position, each in left]
-            self._submit(revived, lambda states: self._owner.was_set_back(states, done))
+            self._submit(revived, lambda states: set_back({each.lane for _, each in left}, states))
+
+        def set_back(lanes: Iterable[Lane], states: Sequence[LaneState]) -> None:
+            there = {state.lane for state in states}
+            for lane in lanes:
+                if lane.name not in there and not lane.closed:
+                    self._environment.fenced(lane)  # by this very command perhaps, at a first try of which nobody could tell
+            self._owner.was_set_back(states, done)
 
         # What was settled before must not be fenced by what is set back now: that is another transaction.
         self._submit((), take_back)

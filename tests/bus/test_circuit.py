@@ -16,7 +16,10 @@ from eventbus import Breaker, Draft, EventBus, Reject, RetryPolicy, _circuit, ev
 from eventbus._circuit import Circuit, State
 from eventbus._running import Running
 from eventbus._serving import Serving
+from eventbus.errors import PublishOutcomeUnknown
 from eventbus.hooks import CircuitClosed, CircuitOpened
+from eventbus.stores.base import Batch, Committed, Revive
+from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import HookRecorder, Recorder, until
 
 ONCE = RetryPolicy(attempts=1)
@@ -31,7 +34,7 @@ class Task:
 class Works:
     """A bus with one handler, that does what `does` says for an event's number: raise it, wait for it, or be done."""
 
-    def __init__(self, db: str, *types: type, **options: Any) -> None:
+    def __init__(self, db: str | SQLiteStore, *types: type, **options: Any) -> None:
         self.does: dict[int, BaseException | anyio.Event] = {}
         self.begun: Recorder = Recorder()
         self.done: Recorder = Recorder()
@@ -135,6 +138,54 @@ async def test_a_redrive_that_is_acked_as_its_lane_is_set_back(any_db: str, monk
         assert await works.bus.drain(10) == {}
         assert await works.dead() == []
     assert sorted(works.done.seen) == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("order", ["type", "log", "key", "none"])
+async def test_what_was_discarded_is_not_taken_back(any_db: str, order: str) -> None:
+    """A dead letter that was discarded in the run is not delivered again, and neither is what lies before it in its order."""
+    works = Works(any_db, order=order)
+    works.fails(0, 1, 2)
+    async with works.bus:
+        await works.bus.publish_many([Draft(Task(n), key="k") for n in (0, 1)])
+        assert await works.bus.drain(10) == {}
+        (_, second) = await works.bus.dead_letters.list()
+        await works.bus.dead_letters.discard(second.id)
+        await works.bus.publish(Task(2), key="k")
+        await works.opened()
+        works.does.clear()
+        assert await works.bus.drain(10) == {}
+        assert await works.dead() == ([] if order == "none" else [0])
+    assert sorted(works.done.seen) == ([0, 2] if order == "none" else [2])
+
+
+class Forgetful(SQLiteStore):
+    """A store that writes what is taken back, and fails before it can say so, once."""
+
+    failed = False
+
+    def commit(self, batch: Batch) -> Committed:
+        committed = super().commit(batch)
+        if not self.failed and any(isinstance(command, Revive) and command.deliveries for command in batch.commands):
+            self.failed = True
+            raise PublishOutcomeUnknown([])
+        return committed
+
+
+@pytest.mark.parametrize("order", ["type", "log", "key", "none"])
+async def test_taken_back_and_not_told(any_db: str, order: str) -> None:
+    """If nobody can tell whether the store has taken back what failed, each event is handled once all the same."""
+    store = Forgetful(any_db)
+    works = Works(store, order=order)
+    works.fails(0, 1, 2)
+    async with works.bus:
+        await works.bus.publish_many([Draft(Task(n), key="k") for n in range(3)])
+        await works.opened()
+        await until(lambda: store.failed)
+        works.does.clear()
+        await works.done.wait_for(3)
+        assert await works.bus.drain(10) == {}
+        assert await works.dead() == []
+    assert sorted(works.done.seen) == [0, 1, 2]
 
 
 async def test_what_is_rewound_is_not_taken_back(any_db: str) -> None:
