@@ -99,7 +99,7 @@ class Circuit:
         self._name, self._order = owner.options.name, owner.options.order
         self._breaker = breaker
         self._environment = environment
-        self._run: dict[int, _Entry | None] = {}  # by position; None: what it left behind cannot be taken back any more
+        self._run: dict[int, _Entry | None] = {}  # by position; None: what it left behind is not to be taken back
         self._openings = 0  # how often it has opened or closed: who waits for something sees whether it is the same still
         self._since = 0.0
         self._failed = 0  # tries since it opened
@@ -116,10 +116,10 @@ class Circuit:
             return Verdict.COUNTS
         if self.is_open:
             return self._failed_again(attempt)
-        if attempt.source.beside:
-            return Verdict.COUNTS
+        if attempt.source.beside and not attempt.replaying:
+            return Verdict.COUNTS  # a redrive: what fails again is a dead letter as before
         self.troubled = True
-        entry = _Entry(attempt.lane, attempt.record.key, attempt.number - 1, attempt.epoch)
+        entry = None if attempt.replaying else _Entry(attempt.lane, attempt.record.key, attempt.number - 1, attempt.epoch)
         self._run.setdefault(attempt.record.position, entry)
         if len(self._run) < self._breaker.failures:
             return Verdict.COUNTS
