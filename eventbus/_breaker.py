@@ -36,12 +36,13 @@ class Breaker:
 
     When `failures` different events have failed, and none was handled in between, the circuit opens: nothing more is
     delivered, and the attempts of these events are taken back, as if they had not been made; where one of them had become a
-    dead letter, it is none. What was rejected or redriven in between stays as it is, and so does what came before it in its
-    order. Then one event is tried at a time, after `first` seconds, and after each failure `factor` times as long, at most
+    dead letter, it is none. What was rejected, redriven or discarded in between stays as it is, and so does what came before it
+    in its order. Then one event is tried at a time, after `first` seconds, and after each failure `factor` times as long, at most
     `cap`. These attempts do not count either. The first that succeeds closes the circuit.
 
     Not counted as failures: `Reject`, `RetryAfter`, what `RetryPolicy.give_up_on` names, and events that cannot be decoded. They
-    say something of the event.
+    say something of the event. Nor are redrives, of which the dead letter stays. Those of a replay are counted, and it is held
+    back as well; but nothing of it is taken back.
 
     Attributes:
         failures: different events, from 2. Below that number, a failing event is dead-lettered as ever.

@@ -44,7 +44,7 @@ from eventbus._subscription import OnExhausted, Start, Subscription, split_types
 from eventbus._typing import E1, E2, E3, E4, E5, E6, E7, E8, NOT_GIVEN, On, Point, Progress, given
 from eventbus.errors import BusNotOpen, ConfigurationError, InvalidSubscription
 from eventbus.hooks import Hook
-from eventbus.stores.base import Cancel, Order, Record, Store, Stored
+from eventbus.stores.base import Cancel, Order, Record, Store
 
 if TYPE_CHECKING:
     from eventbus._running import Running
@@ -303,8 +303,7 @@ class EventBus:
         """
         running = self._open()
         record = running.encoder.record(event, key=key, idempotency_key=idempotency_key, headers=headers, due=due)
-        stored = await running.journal.append((record,))
-        return self._receipts(running, (record,), stored)[0]
+        return (await self._append(running, (record,)))[0]
 
     async def publish_many(self, events: Iterable[object]) -> list[Receipt]:
         """Store events, or `Draft`s, in one transaction, all or nothing, in this order; see `publish`.
@@ -314,29 +313,31 @@ class EventBus:
         running = self._open()
         check_iterable(events)
         records = running.encoder.records(list(events))
-        if not records:
-            return []
-        return self._receipts(running, records, await running.journal.append(records))
+        return await self._append(running, records) if records else []
 
-    def _receipts(self, running: Running, records: Sequence[Record], stored: Sequence[Stored] | None) -> list[Receipt]:
+    async def _append(self, running: Running, records: Sequence[Record]) -> list[Receipt]:
         handled = running.waiting.handled
+        try:
+            stored = await running.journal.append(records)
+        finally:  # who is cancelled after it was queued does not come back here, and it is stored
+            for record in records:
+                if record.due_at is not None:
+                    running.upkeep.scheduled(record.due_at)
         if stored is None:
             return [Receipt(record.id, record.position, False, handled, record) for record in records]
-        receipts = []
-        for record, place in zip(records, stored, strict=True):
-            if record.due_at is not None and not place.duplicate:
-                running.upkeep.scheduled(record.due_at)
-            own = None if place.duplicate else record
-            receipts.append(Receipt(place.id, place.position, place.duplicate, handled, own))
-        return receipts
+        return [
+            Receipt(place.id, place.position, place.duplicate, handled, None if place.duplicate else record)
+            for record, place in zip(records, stored, strict=True)
+        ]
 
     async def cancel(self, event_id: str) -> bool:
         """Cancel an event that was published with `due`; False if it is in the log already, or was never scheduled."""
         running = self._open()
         event_id = event_id_of(event_id)
-        cancelled = await running.journal.command(Cancel(event_id))
-        running.dispatcher.tell_promoted((event_id,))
-        return cancelled
+        try:
+            return await running.journal.command(Cancel(event_id))
+        finally:
+            running.dispatcher.tell_promoted((event_id,))
 
     # -------------------------------------------------------------- waiting
 

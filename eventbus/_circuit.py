@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -99,7 +99,7 @@ class Circuit:
         self._name, self._order = owner.options.name, owner.options.order
         self._breaker = breaker
         self._environment = environment
-        self._run: dict[int, _Entry | None] = {}  # by position; None: what it left behind cannot be taken back any more
+        self._run: dict[int, _Entry | None] = {}  # by position; None: what it left behind is not to be taken back
         self._openings = 0  # how often it has opened or closed: who waits for something sees whether it is the same still
         self._since = 0.0
         self._failed = 0  # tries since it opened
@@ -116,10 +116,10 @@ class Circuit:
             return Verdict.COUNTS
         if self.is_open:
             return self._failed_again(attempt)
-        if attempt.source.beside:
-            return Verdict.COUNTS
+        if attempt.source.beside and not attempt.replaying:
+            return Verdict.COUNTS  # a redrive: what fails again is a dead letter as before
         self.troubled = True
-        entry = _Entry(attempt.lane, attempt.record.key, attempt.number - 1, attempt.epoch)
+        entry = None if attempt.replaying else _Entry(attempt.lane, attempt.record.key, attempt.number - 1, attempt.epoch)
         self._run.setdefault(attempt.record.position, entry)
         if len(self._run) < self._breaker.failures:
             return Verdict.COUNTS
@@ -197,7 +197,14 @@ class Circuit:
             run, self._run = sorted(self._run.items()), {}
             left = [(position, entry) for position, entry in run if entry is not None]
             revived = [Revived(each.lane.name, each.epoch, position, each.key, each.attempts) for position, each in left]
-            self._submit(revived, lambda states: self._owner.was_set_back(states, done))
+            self._submit(revived, lambda states: set_back({each.lane for _, each in left}, states))
+
+        def set_back(lanes: Iterable[Lane], states: Sequence[LaneState]) -> None:
+            there = {state.lane for state in states}
+            for lane in lanes:
+                if lane.name not in there and not lane.closed:
+                    self._environment.fenced(lane)  # by this very command perhaps, at a first try of which nobody could tell
+            self._owner.was_set_back(states, done)
 
         # What was settled before must not be fenced by what is set back now: that is another transaction.
         self._submit((), take_back)

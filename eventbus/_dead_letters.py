@@ -79,12 +79,11 @@ class DeadLetters:
         """
         which = self._filter(ids, subscription, type, error, since, until, needs_all=not all)
         running = self._running()
-        names = await running.journal.command(Redrive(which))
-        for name in set(names):
-            serving = running.dispatcher.servings.get(name)
-            if serving is not None:
+        try:
+            return len(await running.journal.command(Redrive(which)))
+        finally:  # who is cancelled meanwhile does not come back here, and it is stored; none may be new, and some not known yet
+            for serving in running.dispatcher.servings.values():
                 serving.redriver.kick()
-        return len(names)
 
     async def discard(
         self,
@@ -103,12 +102,11 @@ class DeadLetters:
         """
         which = self._filter(ids, subscription, type, error, since, until, needs_all=not all)
         running = self._running()
-        count = await running.journal.command(Discard(which))
-        for serving in list(running.dispatcher.servings.values()):
-            if serving.parks():
-                serving.redriver.kick()
-            await serving.redriver.drop_discarded()
-        return count
+        try:
+            return await running.journal.command(Discard(which))
+        finally:  # see `redrive`
+            for serving in running.dispatcher.servings.values():
+                serving.redriver.begin_anew()
 
     def _filter(
         self,

@@ -366,7 +366,8 @@ class Lane:
         if unit.dead_letter is not None:
             if refusal is None and unit.retry is None and unit.death is None and not conflict:
                 self.log.free(unit.position)
-            self.holder.redriven(unit.dead_letter, None if unit.retry is None else unit.retry[1])
+            due_at = None if unit.retry is None else unit.retry[1]
+            self.holder.redriven(unit.dead_letter, 0.0 if refusal == "fenced" else due_at)  # left out: it is made again, at once
         self.wake()
 
     def _tell_scheduled(self, published: Sequence[Record]) -> None:

@@ -144,10 +144,11 @@ class LooseSource:
         lane.flush()
         self._settle(position)
         dies = failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause")
-        if dies and not self.held.is_to_park(attempt.record.key):
+        hold = self.hold_of(attempt.record)
+        if dies and not self.held.is_to_park(hold):
             lane.send("log", position, death=death_of(failure, attempt.number, None))
             return
-        held = Held(self.hold_of(attempt.record), position, position, attempt.number, failure.now)
+        held = Held(hold, position, position, attempt.number, failure.now)
         if dies:
             self.held.park(held, failure, "log")
         else:
@@ -260,9 +261,9 @@ class HeldSource:
         held = self._held.get(hold)
         return held is not None and held.parked and held.begins <= position
 
-    def is_to_park(self, key: str | None) -> bool:
-        """Whether the death of an event with this key parks the key."""
-        return key is not None and self._lane.holder.options.on_exhausted == "park"
+    def is_to_park(self, hold: Hold) -> bool:
+        """Whether the death of an event parks what a row for it would stand for: only a key has later events."""
+        return isinstance(hold, str) and self._lane.holder.options.on_exhausted == "park"
 
     def passes(self, hold: Hold, position: int) -> bool:
         """Whether a key is held; if so, this event of it is held as well."""
@@ -323,7 +324,7 @@ class HeldSource:
         attempt, lane = failure.attempt, self._lane
         held = self._of(attempt)
         dies = failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause")
-        if dies and not self.is_to_park(held.key):
+        if dies and not self.is_to_park(held.hold):
             self._go_on(attempt, death=death_of(failure, attempt.number, held.first_failed_at))
             return
         row = held.row

@@ -174,15 +174,15 @@ def targets_of(dispatcher: Dispatcher, declared: Declared, to: object) -> list[S
     servings = dispatcher.servings
     if to is None:
         return [serving for serving in servings.values() if serving.options.replay]
-    targets = []
+    targets: dict[str, Serving] = {}
     for each in to if isinstance(to, Iterable) and not isinstance(to, str) else [to]:
         name = declared.declared_name(each)
         if name not in servings:
             raise UnknownSubscription(f"the subscription {name!r} is not dispatched here; a replay needs its handler")
         if not servings[name].options.replay:
             raise ConfigurationError(f"the subscription {name!r} was declared with replay=False")
-        targets.append(servings[name])
-    return targets
+        targets[name] = servings[name]
+    return list(targets.values())
 
 
 class _Counts(msgspec.Struct):

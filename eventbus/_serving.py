@@ -231,7 +231,6 @@ class Serving:
         floors = tuple(floor.down_to(after) for floor in self.stored.floors)
         self.follow(msgspec.structs.replace(self.stored, since=since, floors=floors))
         self._restart(states, rows)
-        self.redriver.kick()  # a redrive whose outcome was left out with the others is made again
 
     def was_set_back(self, states: Sequence[LaneState], done: Callable[[], object]) -> None:
         """Some of its lanes have been set back; they begin again when it is read what waits in them."""
@@ -258,6 +257,7 @@ class Serving:
                 lane.restart(state, *self._sources(lane, intake, state, rows))
                 intake.feed.read()
                 lane.wake()
+        self.redriver.begin_anew()  # what comes again with the lanes is no dead letter any more
 
     def lane_of(self, record: Record) -> Lane | None:
         """The lane that an event of it belongs to."""

@@ -77,14 +77,10 @@ class SideSource:
         self._items.extend(items)
         self._lane.wake()
 
-    def queued(self) -> list[int]:
-        """The dead letters among those that are next in order."""
-        return [item.letter.id for item in self._items if item.letter is not None]
-
-    def drop(self, letters: set[int]) -> set[int]:
-        """Deliver these dead letters no more; returns which of them were still to come."""
-        dropped = letters.intersection(self.queued())
-        self._items = deque(item for item in self._items if item.letter is None or item.letter.id not in dropped)
+    def drop(self) -> list[int]:
+        """Deliver nothing more of what is next in order; returns which dead letters these are."""
+        dropped = [item.letter.id for item in self._items if item.letter is not None]
+        self._items.clear()
         self._go_if_empty()
         return dropped
 
@@ -199,6 +195,7 @@ class Redriver:
         self._skipped = 0  # … that were read, and are of lanes that give nothing out
         self._after = 0
         self._reading = False
+        self._reads = 0  # how often it began anew: an answer to what was asked before does not count
         self._looking = False  # for freed keys
         self._looks = 0
         self._ended: set[int] = set()  # … since the reading began: its answer may still have them
@@ -263,19 +260,15 @@ class Redriver:
         self.kick()
         self.changed()
 
-    async def drop_discarded(self) -> None:
-        """What waits to be redriven and is not in the store any more is not delivered."""
-        queued = [letter for source in self._sources.values() for letter in source.queued()]
-        for start in range(0, len(queued), _PAGE):
-            ids = queued[start : start + _PAGE]
-            which = DeadLetterFilter(ids=tuple(ids), subscription=self._subscription, redriving=True)
-            rows = await self._environment.reader.ask(DeadLetters(which, 0, _PAGE))
-            gone = set(ids).difference(row.id for row in rows)
-            for source in list(self._sources.values()):
-                for letter in source.drop(gone):
-                    self._known.pop(letter, None)
-        if queued:
-            self.changed()
+    def begin_anew(self) -> None:
+        """Dead letters may be gone: of what has not begun, what is still in the store is delivered."""
+        dropped = {letter for source in self._sources.values() for letter in source.drop()}
+        self._known = {letter: its for letter, its in self._known.items() if its is not None and letter not in dropped}
+        self._later.clear()
+        self._reads += 1
+        self._reading = self._again = False
+        self.kick()
+        self.changed()
 
     def _read_on(self) -> None:
         """Go on where the last page ended, if there is room again."""
@@ -305,9 +298,11 @@ class Redriver:
         self._reading = True
         self._ended.clear()
         which = DeadLetterFilter(subscription=self._subscription, redriving=True)
-        self._environment.reader.ask_then(DeadLetters(which, self._after, _PAGE), self._on_rows)
+        self._environment.reader.ask_then(DeadLetters(which, self._after, _PAGE), functools.partial(self._on_rows, self._reads))
 
-    def _on_rows(self, rows: tuple[DeadLetterRow, ...] | BaseException) -> None:
+    def _on_rows(self, number: int, rows: tuple[DeadLetterRow, ...] | BaseException) -> None:
+        if number != self._reads:
+            return
         self._reading = False
         if isinstance(rows, BaseException):
             _log.error("the dead letters being redriven could not be read: %s", rows)
@@ -382,9 +377,11 @@ class Redriver:
                 del self._later[letter]
             self._known.update(dict.fromkeys(ids))
             which = DeadLetterFilter(ids=ids, subscription=self._subscription, redriving=True)
-            self._environment.reader.ask_then(DeadLetters(which, 0, _PAGE), functools.partial(self._on_due, ids))
+            self._environment.reader.ask_then(DeadLetters(which, 0, _PAGE), functools.partial(self._on_due, self._reads, ids))
 
-    def _on_due(self, ids: Sequence[int], rows: tuple[DeadLetterRow, ...] | BaseException) -> None:
+    def _on_due(self, number: int, ids: Sequence[int], rows: tuple[DeadLetterRow, ...] | BaseException) -> None:
+        if number != self._reads:
+            return
         for letter in ids:
             self._known.pop(letter, None)
         if isinstance(rows, BaseException):

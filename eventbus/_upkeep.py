@@ -37,7 +37,7 @@ class Upkeep:
         self._journal = journal
         self._reader = reader
         self._keeping = keeping
-        self._due = math.inf  # unix seconds
+        self._due = math.inf  # unix seconds; what is scheduled while the store is asked counts as well
         self._changed = self._environment.loop.waiter()
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
@@ -45,8 +45,9 @@ class Upkeep:
         return [self._promote, self._prune]
 
     def scheduled(self, due_at: float) -> None:
-        """An event has been scheduled."""
+        """An event has been scheduled, or may have been."""
         if due_at < self._due:
+            self._due = due_at
             self._changed.set()
 
     def look(self) -> None:
@@ -55,11 +56,11 @@ class Upkeep:
 
     async def _promote(self) -> None:
         while True:
-            self._changed = self._environment.loop.waiter()
+            self._changed, self._due = self._environment.loop.waiter(), math.inf
             try:
-                due = await self._reader.ask(NextDue())
-                self._due = math.inf if due is None else due
+                self._next_is(await self._reader.ask(NextDue()))
                 while self._due <= (now := self._environment.clock.time()):
+                    self._due = math.inf
                     promoted = await self._journal.command(Promote(now, _PROMOTE))
                     for id, fault in promoted.damaged:
                         _log.error(
@@ -68,7 +69,7 @@ class Upkeep:
                             id,
                             fault,
                         )
-                    self._due = math.inf if promoted.next_due is None else promoted.next_due
+                    self._next_is(promoted.next_due)
                 # At most a minute, so that a jump of the wall clock is noticed.
                 delay = min(60.0, self._due - self._environment.clock.time())
             except BusNotOpen:
@@ -78,6 +79,10 @@ class Upkeep:
                 delay = _RETRY
             self._environment.timers.after(max(0.0, delay), self._changed.set)
             await self._changed.wait()
+
+    def _next_is(self, due: float | None) -> None:
+        if due is not None:
+            self._due = min(self._due, due)
 
     async def _prune(self) -> None:
         while True:

@@ -212,8 +212,11 @@ class Revive(Command[tuple[LaneState, ...]], frozen=True):
     - In order "key" there is one row for each key, at its first position, so none of the key behind it may have been.
     - In order "none" there is a row for each.
 
-    Lanes that the instance does not own in that epoch are left alone, and so are deliveries whose event is not in the log any
-    more. Each lane that is changed gets the next epoch; the result is these lanes.
+    Lanes that the instance does not own in that epoch are left alone. So are deliveries whose event is not in the log any more,
+    and those that were settled meanwhile, by a discard: what the lane is past, and has neither a dead letter nor a row that holds
+    it (`Waiting.begins`); and with them what came before them, in the lane or, in order "key", the key.
+    Each lane that is changed gets the next epoch. The result is how the lanes stand that are the instance's in that epoch, those
+    that were not changed as well; one that is missing was another's, or was set back before.
     """
 
     instance: str

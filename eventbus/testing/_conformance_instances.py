@@ -12,6 +12,8 @@ import pytest
 from eventbus.stores.base import (
     Beat,
     Claim,
+    DeadLetterFilter,
+    Discard,
     Instance,
     Lanes,
     LaneState,
@@ -470,6 +472,52 @@ class Reviving(ConformanceBase):
         self.run(store, Revive(INSTANCE.id, "mailer", (Revived("0", state.epoch, 2, "k", 0),)))
         assert [row.waiting for row in store.read(WaitingRows())] == [waiting]
 
+    def test_what_was_discarded_stays_settled(self, store: Store) -> None:
+        """A lane goes back behind the last delivery of which the dead letter is gone: what came before that stays dead."""
+        state = self.with_lane(store, events=4)
+        self.settle(store, *(self.unit(state, position, death=death()) for position in (1, 2, 3)))
+        self.run(store, Discard(DeadLetterFilter(ids=(self.dead(store)[1].id,))))
+        deliveries = tuple(Revived("order.created", state.epoch, position, None, 0) for position in (1, 2, 3))
+        (lane,) = self.run(store, Revive(INSTANCE.id, "mailer", deliveries))
+        assert (lane.epoch, lane.checkpoint) == (state.epoch + 1, 2)
+        assert [letter.record.position for letter in self.dead(store)] == [1]
+
+    def test_what_was_discarded_without_order(self, store: Store) -> None:
+        """Each for itself; a lane of which nothing is left to take back stays as it is, and is told of all the same."""
+        state = self.with_lane(store, events=2, order="none", concurrency=16)
+        self.settle(store, *(self.unit(state, position, death=death()) for position in (1, 2)))
+        first, second = (Revived("", state.epoch, position, None, 0) for position in (1, 2))
+        self.run(store, Discard(DeadLetterFilter(ids=(self.dead(store)[0].id,))))
+        (lane,) = self.run(store, Revive(INSTANCE.id, "mailer", (first,)))
+        assert (lane.epoch, store.read(Lanes()), store.read(WaitingRows())) == (state.epoch, (lane,), ())
+        self.run(store, Revive(INSTANCE.id, "mailer", (first, second)))
+        assert [row.waiting.position for row in store.read(WaitingRows())] == [2]
+
+    def test_what_was_discarded_of_a_key(self, store: Store) -> None:
+        """The key goes on behind it: at the row that was freed, or the next delivery that failed."""
+        self.register(store, order="key", concurrency=1)
+        self.append(store, records(3, key="k"))
+        state = self.claim(store, lane="0")
+        first, second = (Revived("0", state.epoch, position, "k", 0) for position in (1, 2))
+        self.settle(store, self.unit(state, 1, death=death(), rows=(Waiting(1, "k", 0, NOW, "parked"),)))
+        self.run(store, Discard(DeadLetterFilter()))
+        self.run(store, Revive(INSTANCE.id, "mailer", (first,)))
+        assert [(row.waiting.position, row.waiting.state) for row in store.read(WaitingRows())] == [(1, "freed")]
+        retrying = self.unit(state, 2, source="row", row=1, rows=(Waiting(2, "k", 1, NOW + 9),))
+        self.settle(store, retrying)
+        self.run(store, Revive(INSTANCE.id, "mailer", (first, second)))
+        (row,) = store.read(WaitingRows())
+        assert (row.waiting.position, row.waiting.attempt, row.waiting.due_at) == (2, 0, NOW)
+
+    def test_reviving_twice(self, store: Store) -> None:
+        """Given again, as when nobody could tell whether it was written, it changes nothing, and the result says so."""
+        state = self.with_lane(store, events=1)
+        self.settle(store, self.unit(state, 1, death=death()))
+        command = Revive(INSTANCE.id, "mailer", (Revived("order.created", state.epoch, 1, None, 0),))
+        (lane,) = self.run(store, command)
+        assert self.run(store, command) == ()
+        assert store.read(Lanes()) == (lane,)
+
     def test_what_is_gone_stays_dead(self, store: Store) -> None:
         """A dead letter whose event is not in the log any more is left alone; so are lanes of others, and in another epoch."""
         state = self.with_lane(store, events=1)
@@ -478,5 +526,5 @@ class Reviving(ConformanceBase):
         assert self.run(store, Revive(OTHER.id, "mailer", (first,))) == ()
         assert self.run(store, Revive(INSTANCE.id, "mailer", (before,))) == ()
         self.run(store, Prune(NOW + 1, 0.0, 0, 100))
-        assert self.run(store, Revive(INSTANCE.id, "mailer", (first,))) == ()
+        assert self.run(store, Revive(INSTANCE.id, "mailer", (first,))) == store.read(Lanes())
         assert len(self.dead(store)) == 1

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from eventbus import RetryPolicy
@@ -70,6 +71,13 @@ class Recorder:
         if not event.is_set():
             raise TimeoutError(f"waited {timeout} s for {count} things, saw {len(self.seen)}: {self.seen[:20]!r}")
         return list(self.seen)
+
+
+async def until(reached: Callable[[], object]) -> None:
+    """Wait until this is so."""
+    with anyio.fail_after(10):
+        while not reached():
+            await anyio.lowlevel.checkpoint()
 
 
 class HookRecorder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
 import attrs
 import pytest
 
@@ -79,6 +80,33 @@ async def test_an_outage_costs_nothing(any_db: str, order: Order, plain: bool, r
     if order == "key":
         for key in range(7):
             assert [n for n in world.done.seen if n % 7 == key] == list(range(key, 200, 7))
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+async def test_a_replay_waits_for_the_end_of_an_outage(any_db: str, order: Order, exclusive: bool) -> None:
+    """While everything that is replayed fails, nothing of it is given up, and nothing that was settled is unsettled by it."""
+    world, summaries = World(), Recorder()
+    retry = RetryPolicy(attempts=2, first=0.2, factor=1.0, jitter=0.0)
+    bus, hook = bus_in(world, any_db, order, plain=False, retry=retry)
+
+    async def replay() -> None:
+        summaries.add(await bus.replay(exclusive=exclusive))
+
+    async with bus:
+        world.out = False
+        await bus.publish_many([Draft(Task(n), key=str(n % 3)) for n in range(30)])
+        assert await bus.drain(10) == {}
+        world.out = True
+        async with anyio.create_task_group() as group:
+            group.start_soon(replay)
+            assert isinstance((await hook.recorder.wait_for(1))[0], CircuitOpened)
+            world.out = False
+        (summary,) = summaries.seen
+        assert (summary.handled, summary.dead) == (30, 0)
+        assert await bus.drain(10) == {}
+        assert await bus.dead_letters.list() == []
+    assert sorted(world.done.seen) == sorted([*range(30), *range(30)])
 
 
 @pytest.mark.parametrize("order", ORDERS)

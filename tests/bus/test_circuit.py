@@ -15,8 +15,12 @@ import pytest
 from eventbus import Breaker, Draft, EventBus, Reject, RetryPolicy, _circuit, event
 from eventbus._circuit import Circuit, State
 from eventbus._running import Running
+from eventbus._serving import Serving
+from eventbus.errors import PublishOutcomeUnknown
 from eventbus.hooks import CircuitClosed, CircuitOpened
-from tests.bus.support import HookRecorder, Recorder
+from eventbus.stores.base import Batch, Committed, Revive
+from eventbus.stores.sqlite import SQLiteStore
+from tests.bus.support import HookRecorder, Recorder, until
 
 ONCE = RetryPolicy(attempts=1)
 QUICK = Breaker(failures=3, first=0.01, factor=1.0)
@@ -30,7 +34,7 @@ class Task:
 class Works:
     """A bus with one handler, that does what `does` says for an event's number: raise it, wait for it, or be done."""
 
-    def __init__(self, db: str, *types: type, **options: Any) -> None:
+    def __init__(self, db: str | SQLiteStore, *types: type, **options: Any) -> None:
         self.does: dict[int, BaseException | anyio.Event] = {}
         self.begun: Recorder = Recorder()
         self.done: Recorder = Recorder()
@@ -69,12 +73,6 @@ def running(bus: EventBus) -> Running:
     return bus._running
 
 
-async def until(reached: Callable[[], bool]) -> None:
-    with anyio.fail_after(10):
-        while not reached():
-            await anyio.lowlevel.checkpoint()
-
-
 @pytest.mark.parametrize(("order", "stays"), [("type", [0, 1]), ("log", [0, 1]), ("key", [0, 1]), ("none", [1])])
 async def test_what_was_rejected_stays_dead(any_db: str, order: str, stays: list[int]) -> None:
     """A `Reject` between the failures counts as none; it is not delivered again, and neither is what lies before it in its order."""
@@ -110,6 +108,81 @@ async def test_what_was_redriven_is_not_taken_back(any_db: str, monkeypatch: pyt
         works.does = {0: gate}
         await works.done.wait_for(2)
         gate.set()
+        assert await works.bus.drain(10) == {}
+        assert await works.dead() == []
+    assert sorted(works.done.seen) == [0, 1, 2]
+
+
+async def test_a_redrive_that_is_acked_as_its_lane_is_set_back(any_db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ack that comes when the store has set the lane back, and before the lane knows, is left out: the redrive is made again."""
+    monkeypatch.setattr(_circuit, "PATIENCE", 0.01)
+    told: list[Callable[[], object]] = []
+    was_set_back = Serving.was_set_back
+    monkeypatch.setattr(Serving, "was_set_back", lambda *given: told.append(lambda: was_set_back(*given)))
+    works = Works(any_db, order="none", breaker=attrs.evolve(QUICK, failures=2))
+    works.does[0] = Reject("no")
+    works.fails(1, 2)
+    async with works.bus:
+        await works.bus.publish(Task(0))
+        assert await works.bus.drain(10) == {}
+        works.does[0] = gate = anyio.Event()
+        await works.bus.dead_letters.redrive(all=True)
+        await works.begun.wait_for(2)
+        await works.bus.publish_many([Task(1), Task(2)])
+        await until(lambda: told)
+        gate.set()
+        await works.done.wait_for(1)
+        await running(works.bus).journal.written()
+        works.does = {}
+        told[0]()
+        assert await works.bus.drain(10) == {}
+        assert await works.dead() == []
+    assert sorted(works.done.seen) == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("order", ["type", "log", "key", "none"])
+async def test_what_was_discarded_is_not_taken_back(any_db: str, order: str) -> None:
+    """A dead letter that was discarded in the run is not delivered again, and neither is what lies before it in its order."""
+    works = Works(any_db, order=order)
+    works.fails(0, 1, 2)
+    async with works.bus:
+        await works.bus.publish_many([Draft(Task(n), key="k") for n in (0, 1)])
+        assert await works.bus.drain(10) == {}
+        (_, second) = await works.bus.dead_letters.list()
+        await works.bus.dead_letters.discard(second.id)
+        await works.bus.publish(Task(2), key="k")
+        await works.opened()
+        works.does.clear()
+        assert await works.bus.drain(10) == {}
+        assert await works.dead() == ([] if order == "none" else [0])
+    assert sorted(works.done.seen) == ([0, 2] if order == "none" else [2])
+
+
+class Forgetful(SQLiteStore):
+    """A store that writes what is taken back, and fails before it can say so, once."""
+
+    failed = False
+
+    def commit(self, batch: Batch) -> Committed:
+        committed = super().commit(batch)
+        if not self.failed and any(isinstance(command, Revive) and command.deliveries for command in batch.commands):
+            self.failed = True
+            raise PublishOutcomeUnknown([])
+        return committed
+
+
+@pytest.mark.parametrize("order", ["type", "log", "key", "none"])
+async def test_taken_back_and_not_told(any_db: str, order: str) -> None:
+    """If nobody can tell whether the store has taken back what failed, each event is handled once all the same."""
+    store = Forgetful(any_db)
+    works = Works(store, order=order)
+    works.fails(0, 1, 2)
+    async with works.bus:
+        await works.bus.publish_many([Draft(Task(n), key="k") for n in range(3)])
+        await works.opened()
+        await until(lambda: store.failed)
+        works.does.clear()
+        await works.done.wait_for(3)
         assert await works.bus.drain(10) == {}
         assert await works.dead() == []
     assert sorted(works.done.seen) == [0, 1, 2]

@@ -13,7 +13,7 @@ import attrs
 import pytest
 
 from eventbus import ConfigurationError, DeadLetter, Delivery, EventBus, Reject, RetryPolicy, UnknownEvent, event
-from eventbus.stores.base import Batch, Committed, Order
+from eventbus.stores.base import Batch, Committed, DeadLetterFilter, Order, Redrive
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import NO_RETRY, Later, MovableClock, Recorder, hold_up_first_crossing
 
@@ -514,6 +514,80 @@ async def test_a_redrive_that_is_discarded_before_it_runs_does_not_run(db: str, 
         assert await bus.drain(timeout=5) == {}
         assert await bus.dead_letters.list() == []
     assert runs == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("discard", [False, True])
+async def test_a_cancelled_redrive_or_discard_is_made_all_the_same(any_db: str, discard: bool) -> None:
+    """Cancelled when it is on its way to the store, it is stored; the dead letter is delivered, and what was parked behind it."""
+    switch = Switch(ValueError("first"))
+    bus = bus_with(any_db, switch, order="key", on_exhausted="park")
+    async with bus:
+        await bus.publish_many([Sold("k", n) for n in range(3)])
+        assert await bus.drain(timeout=5) == {"s": 2}
+        switch.error = None
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await (bus.dead_letters.discard(all=True) if discard else bus.dead_letters.redrive(all=True))
+        assert scope.cancelled_caught
+        await switch.recorder.wait_for(3 if discard else 4, timeout=2)
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
+    assert [n for n, _ in switch.recorder.seen] == [0, 1, 2] if discard else [0, 0, 1, 2]
+
+
+async def test_a_redrive_stored_by_another_is_looked_for_by_the_next(db: str) -> None:
+    """A redrive that finds all of them under way already has this bus look for them: who marked them may not have told it."""
+    switch = Switch(ValueError("first"))
+    async with bus_with(db, switch) as bus:
+        await bus.publish(Sold("k"))
+        assert await bus.drain(timeout=5) == {}
+        switch.error = None
+        await bus._running.journal.command(Redrive(DeadLetterFilter()))  # type: ignore[union-attr]
+        assert await bus.dead_letters.redrive(all=True) == 0
+        await switch.recorder.wait_for(2, timeout=2)
+
+
+async def test_a_discard_ends_the_wait_for_another_attempt(db: str) -> None:
+    """`drain` does not wait for a redrive that is to be tried again in an hour and is discarded meanwhile."""
+    switch = Switch(ValueError("first"))
+    async with bus_with(db, switch, retry=RetryPolicy(attempts=2, first=3600, jitter=0)) as bus:
+        switch.error = Reject("first")
+        await bus.publish(Sold("k"))
+        assert await bus.drain(timeout=5) == {}
+        switch.error = ValueError("again")
+        await bus.dead_letters.redrive(all=True)
+        assert await bus.drain(timeout=0.2) == {"s": 1}
+        assert await bus.dead_letters.discard(all=True) == 1
+        assert await bus.drain(timeout=5) == {}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_what_is_rewound_is_not_redriven_as_well(any_db: str, order: Order) -> None:
+    """Dead letters that wait to be redriven when their subscription is rewound go with it: each event comes again once."""
+    begun, go_on, good = Recorder(), anyio.Event(), False
+
+    async def handle(sold: Sold) -> None:
+        if not good:
+            raise Reject("not yet")
+        begun.add(sold.n)
+        await go_on.wait()
+
+    bus = (
+        bus_with(any_db, handle, order=order, concurrency=1)
+        if order in {"key", "none"}
+        else bus_with(any_db, handle, order=order)
+    )
+    async with bus:
+        await bus.publish_many([Sold("k", n) for n in range(6)])
+        assert await bus.drain(timeout=5) == {}
+        good = True
+        assert await bus.dead_letters.redrive(all=True) == 6
+        await begun.wait_for(1)
+        await bus.rewind("s", after=0)
+        go_on.set()
+        assert await bus.drain(timeout=5) == {}
+        assert await bus.dead_letters.list() == []
+    assert sorted(begun.seen) == [0, 0, 1, 2, 3, 4, 5]  # the first was running
 
 
 async def test_redrives_of_a_paused_subscription_wait_for_its_resumption(db: str) -> None:

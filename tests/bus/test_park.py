@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -192,6 +194,23 @@ async def test_without_a_key() -> None:
         assert await bus.drain() == {}
         assert (await bus.stats()).subscriptions["till"].parked == 0
     assert till.seen == [2]
+
+
+async def test_damaged(db: str) -> None:
+    """A damaged event parks nothing, for its key may be what is damaged: it is a dead letter, and gone when that is discarded."""
+    till = Till()
+    bus = bus_with(db, till)
+    async with bus.open(dispatch=False):
+        await bus.publish_many([*of("a", 1), *of("a", 2)])
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
+        connection.execute("UPDATE events SET data = replace(CAST(data AS TEXT), '1', '7') WHERE position = 1")
+    async with bus:
+        assert await bus.drain(5) == {}
+        assert (await bus.stats()).subscriptions["till"].parked == 0
+        assert await bus.dead_letters.discard(all=True) == 1
+        assert await bus.drain(5) == {}
+        assert await bus.dead_letters.list() == []
+    assert till.tried.seen == [2]
 
 
 async def test_plain_handler() -> None:

@@ -205,7 +205,7 @@ async def test_types() -> None:
 
 
 async def test_to_whom() -> None:
-    """`to` is a name, a handler, or several; by default all that allow it. Those that do not are an error when named."""
+    """`to` is a name, a handler, or several, each once; by default all that allow it. Those that do not are an error when named."""
     bus, one, two, never = EventBus(":memory:"), Recorder(), Recorder(), Recorder()
     bus.subscribe(Placed, name="one")(one.note)
     bus.subscribe(Placed, name="two", order="none")(two.note)
@@ -219,6 +219,7 @@ async def test_to_whom() -> None:
             (["one", two.note], (3, 3)),
             (None, (4, 4)),
             ([], (4, 4)),
+            (["one", one.note, "one"], (5, 4)),
         ):
             summary = await bus.replay(to=to)  # type: ignore[arg-type]  # mypy joins the cases to object
             assert (len(one.seen), len(two.seen)) == expected
@@ -228,7 +229,7 @@ async def test_to_whom() -> None:
         with pytest.raises(UnknownSubscription, match="known: 'one', 'two', 'never'"):
             await bus.replay(to="nobody")
     assert len(never.seen) == 1
-    assert (len(one.seen), len(two.seen)) == (4, 4)
+    assert (len(one.seen), len(two.seen)) == (5, 4)
 
 
 async def test_not_dispatched_here(db: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from eventbus import Delivery, Draft, Envelope, EventBus, UnknownEvent, WaitTimeout
 from eventbus.stores.sqlite import SQLiteStore
-from tests.bus.support import Later, MovableClock, Recorder
+from tests.bus.support import GatedStore, Later, MovableClock, Recorder, until
 
 
 @attrs.frozen
@@ -23,6 +24,11 @@ class Remind:
 
 @attrs.frozen
 class Start:
+    pass
+
+
+@attrs.frozen
+class Filler:
     pass
 
 
@@ -161,6 +167,74 @@ async def test_from_a_handler(any_db: str) -> None:
     async with bus:
         await bus.publish(Start())
         assert await recorder.wait_for(2, timeout=3) == [Remind("published"), Remind("returned")]
+
+
+async def test_from_a_handler_as_another_comes_due(db: str) -> None:
+    """What a handler schedules is delivered in time, also if it is stored together with the move of another into the log."""
+    store, recorder, go_on = GatedStore(db), Recorder(), anyio.Event()
+    bus = EventBus(store)
+
+    @bus.subscribe(Start)
+    async def begin(_start: Start, delivery: Delivery) -> None:
+        await go_on.wait()
+        delivery.publish(Remind("second"), due=SOON)
+
+    bus.subscribe(Remind)(recorder.note)
+    async with bus, anyio.create_task_group() as group:
+        journal, upkeep = bus._running.journal, bus._running.upkeep  # type: ignore[union-attr]
+        await (await bus.publish(Remind("before"), due=SOON)).handled(timeout=5)
+        await bus.publish(Start())
+        await bus.publish(Remind("first"), due=timedelta(milliseconds=300))
+        await until(lambda: upkeep._due < math.inf)
+        store.hold()
+        group.start_soon(bus.publish, Filler())
+        await store.arrived.wait_for(4)
+        await until(lambda: journal._pending.commands)
+        go_on.set()
+        await until(lambda: journal._pending.units)
+        store.release()
+        assert await recorder.wait_for(3, timeout=2) == [Remind("before"), Remind("first"), Remind("second")]
+
+
+async def test_cancelled_after_it_is_queued(any_db: str) -> None:
+    """A scheduled event whose publisher was cancelled while it was being written is delivered in time, like any other."""
+    store, recorder, scope = GatedStore(any_db), Recorder(), anyio.CancelScope()
+    bus = EventBus(store)
+    bus.subscribe(Remind)(recorder.note)
+
+    async def publish(*events: Draft) -> None:
+        with scope:
+            await bus.publish_many(events)
+
+    async with bus, anyio.create_task_group() as group:
+        await (await bus.publish(Remind("before"), due=SOON)).handled(timeout=5)
+        store.hold()
+        group.start_soon(publish, Draft(Remind("a"), due=SOON), Draft(Remind("b"), due=2 * SOON))
+        await store.arrived.wait_for(2)
+        scope.cancel()
+        store.release()
+        assert await recorder.wait_for(3, timeout=2) == [Remind("before"), Remind("a"), Remind("b")]
+
+
+async def test_a_cancelled_cancel() -> None:
+    """Who waits for an event is told that it was cancelled, also if who did that was cancelled itself meanwhile."""
+    bus, outcomes = EventBus(":memory:"), Recorder()
+    async with bus, anyio.create_task_group() as group:
+        receipt = await bus.publish(Remind("a"), due=LATER)
+
+        async def wait() -> None:
+            with pytest.raises(UnknownEvent):
+                await receipt.handled()
+            outcomes.add("unknown")
+
+        group.start_soon(wait)
+        await until(lambda: bus._running.dispatcher.promotions)  # type: ignore[union-attr]
+        await bus.stats()  # read after what that waits for has been looked for
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await bus.cancel(receipt.id)
+        assert scope.cancelled_caught
+        assert await outcomes.wait_for(1, timeout=2) == ["unknown"]
 
 
 async def test_the_next_one_changes() -> None:

@@ -6,7 +6,7 @@ raises has changed nothing yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -335,9 +335,12 @@ def _revive(scene: Scene, command: Revive) -> tuple[LaneState, ...]:
     changed = []
     for lane in disk.lanes_of(name):
         here = (lane.state.lane, lane.state.epoch)
-        back = [d for d in command.deliveries if (d.lane, d.epoch) == here and d.position in disk.log]
-        back.sort(key=lambda delivery: delivery.position)
-        if lane.owner != command.instance or not back:
+        deliveries = [d for d in command.deliveries if (d.lane, d.epoch) == here]
+        if lane.owner != command.instance or not deliveries:
+            continue
+        changed.append(lane.state)
+        back = _unsettled(disk, lane, order, [d for d in deliveries if d.position in disk.log])
+        if not back:
             continue
         for letter in list(disk.letters.values()):
             if letter.subscription == name and letter.record.position in {d.position for d in back}:
@@ -350,8 +353,29 @@ def _revive(scene: Scene, command: Revive) -> tuple[LaneState, ...]:
             for delivery in back:
                 _wait_again(scene, lane, delivery, by_key=order == "key")
             lane.state = msgspec.structs.replace(lane.state, epoch=epoch)
-        changed.append(lane.state)
+        changed[-1] = lane.state
     return tuple(changed)
+
+
+def _unsettled(disk: Disk, lane: Lane, order: str | None, deliveries: Sequence[Revived]) -> list[Revived]:
+    """Without what was settled meanwhile, and what came before that in its order."""
+    name, state = lane.state.subscription, lane.state
+    dead = {letter.record.position for letter in disk.letters.values() if letter.subscription == name}
+
+    def before(one: Revived, other: Revived) -> bool:
+        same = {"key": one.key is not None and one.key == other.key, "none": False}.get(order or "", True)
+        return one.position == other.position or (one.position < other.position and same)
+
+    def settled(delivery: Revived) -> bool:
+        at, key = delivery.position, delivery.key if order == "key" else None
+        passed = at <= state.checkpoint or at in state.done
+        rows = [row.waiting for row in disk.rows_of(name)]
+        held = any(row.begins <= at if key is not None and row.key == key else key is None and row.position == at for row in rows)
+        return passed and at not in dead and not held
+
+    gone = [delivery for delivery in deliveries if settled(delivery)]
+    back = [delivery for delivery in deliveries if not any(before(delivery, other) for other in gone)]
+    return sorted(back, key=lambda delivery: delivery.position)
 
 
 def _wait_again(scene: Scene, lane: Lane, delivery: Revived, *, by_key: bool) -> None:
