@@ -146,7 +146,7 @@ class Lane:
         self.sources: list[Source] = []
         self.blocked: str | None = None
         self.blocked_at = 0
-        self.closed = self.scheduled = False
+        self.closed = self.scheduled = self.moved = False
         self.retiring = False  # it is to go to another instance, as soon as it is quiet
         self.running = 0
         self._turn = 0
@@ -157,7 +157,6 @@ class Lane:
         self._newest = 0  # position of the delivery that was settled last
         self._stored = state.checkpoint
         self.crossings: list[Recallable] = []
-        self.moved = False
         self.probation: Probation | None = None
         self._waiters: list[tuple[Callable[[], bool], Callable[[], str | None], Waiter | _Call]] = []
 

@@ -217,3 +217,20 @@ class ConformanceBase:
             pytest.skip("this store keeps nothing")
         store.close()
         store.open(INSTANCE)
+
+
+class Shared(ConformanceBase):
+    """Another instance that is alive."""
+
+    _second: Store | None = None
+
+    @pytest.fixture(autouse=True)
+    def another(self, store: Store, tmp_path: Path) -> Iterator[None]:
+        """Where instances may share a store, it is open a second time, so that the other is not known to be dead."""
+        if not store.features.shared:
+            yield
+            return
+        self._second = self.make_store(tmp_path)
+        self._second.open(OTHER)
+        yield
+        self._second.close()

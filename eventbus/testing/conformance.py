@@ -25,10 +25,11 @@ from __future__ import annotations
 import pytest
 
 # Before they are imported, so that a failed assertion says what was found.
-for _part in ("base", "commands", "instances", "log", "outcomes", "park"):
+for _part in ("base", "commands", "generations", "instances", "log", "outcomes", "park"):
     pytest.register_assert_rewrite(f"eventbus.testing._conformance_{_part}")
 
 from eventbus.testing import _conformance_commands as _commands  # noqa: E402
+from eventbus.testing import _conformance_generations as _generations  # noqa: E402
 from eventbus.testing import _conformance_instances as _instances  # noqa: E402
 from eventbus.testing import _conformance_log as _log  # noqa: E402
 from eventbus.testing import _conformance_outcomes as _outcomes  # noqa: E402
@@ -52,7 +53,7 @@ class StoreConformance(
     _commands.Claiming,
     _commands.Rewinding,
     _commands.Pruning,
-    _instances.Generations,
+    _generations.Generations,
     _instances.Instances,
     _instances.OnProbation,
     _instances.Reviving,
