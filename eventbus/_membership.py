@@ -105,6 +105,9 @@ class Membership:
                     _log.error("this instance could not do all of its part among the others, trying again: %s", error)
                 self._failing = True
                 self._journal.renew_at = self._environment.lease_clock() + min(RETRY, self._lease / RENEWALS)
+            except BaseException:
+                self.poke()  # a step that was cut short is taken again at once: the journal asks only once for a renewal
+                raise
 
     def poke(self) -> None:
         """Take a step soon."""

@@ -21,6 +21,7 @@ import pytest
 
 from eventbus import BusNotOpen, EventBus, Reject
 from eventbus._loop import Waiter
+from eventbus._membership import Membership
 from eventbus._running import Running
 from tests.bus.support import GatedStore, Recorder, threads_of_the_bus
 
@@ -519,6 +520,29 @@ class Cancelling:
         await self._waiter.wait()
 
     wait_decided = wait
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_step_among_other_instances(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio: a step that is cancelled, wherever it is, is taken again, to its end: the lease goes on being renewed."""
+    step, cuts, taken = Membership.step, [0], Recorder()
+
+    async def step_and_be_cancelled(membership: Membership) -> None:
+        stepped = Stepped(cuts.pop() if cuts else 0, lambda: current_task().cancel())
+        await stepped.run(step(membership))
+        taken.add(stepped.waits)
+
+    async with EventBus(db, lease=1_000) as bus:
+        assert bus._running is not None
+        monkeypatch.setattr(Membership, "step", step_and_be_cancelled)
+        bus._running.membership.poke()
+        (waits,) = await taken.wait_for(1)
+        assert waits > 2
+        for nth in range(1, waits + 1):
+            cuts.append(nth)
+            bus._running.membership.poke()
+            await taken.wait_for(1 + nth)
+            assert len(taken.seen) == 1 + nth
 
 
 def current_task() -> asyncio.Task[Any]:
