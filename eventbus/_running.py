@@ -212,6 +212,7 @@ class Running:
 
     async def _stop(self, timeout: float) -> None:
         try:
+            self.membership.withdraw()
             await self.pool.stop(timeout)
             scope = anyio.move_on_after(max(timeout, 1.0))  # on a full disk it would take for ever
             await self.loop.within(scope, partial(self.loop.insist, self._circuits_at_rest, scope))
