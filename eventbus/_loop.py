@@ -1,4 +1,4 @@
-"""asyncio and trio: the only place that tells them apart, and the only one that makes threads.
+"""asyncio and trio: the only place that tells them apart, and where tasks and threads come from.
 
 The journal's and the reader's threads hand their results to the loop with `Loop.post`; tasks wait for them with a `Waiter`,
 which costs a fraction of anyio's `Event`. Everything else that is asynchronous uses anyio.
@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
-import queue
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled, current_token
 
+from eventbus._gates import Gate, Turn, Worker
 from eventbus.errors import WrongLoop
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     import trio
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-GIVE_WAY = 0.001
-"""Seconds for which the loop gives way to a thread, at most."""
 
 
 class Waiter(Protocol):
@@ -46,6 +40,28 @@ class Waiter(Protocol):
 
     async def wait_decided(self) -> None:
         """Wait for it; a cancellation is raised only when it has happened."""
+
+
+class Tasks(Protocol):
+    """The tasks of ours, around a body. Where one raises, the body is cancelled, and a group with the error comes out at the end.
+
+    They are shielded, and Ctrl-C does not end them in the middle. asyncio programs that shut down cancel all tasks that there
+    are, ours as well, and still need them to leave the bus: so what is started begins, and no task of ours ends cancelled.
+    """
+
+    async def __aenter__(self) -> object:
+        """The body begins."""
+
+    def start(self, function: Callable[[], Coroutine[Any, Any, None]], /) -> None:
+        """Run a function in a task of its own."""
+
+    def cancel(self) -> None:
+        """Cancel the body."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool | None:
+        """Wait until all tasks have ended; takes in the cancellation of the body that is its own."""
 
 
 class Loop(Protocol):
@@ -80,12 +96,18 @@ class Loop(Protocol):
         """A function that says whether this task was cancelled other than by a cancel scope, which none of ours outlives: by what
         it ran."""
 
-    async def forget_cancellation(self) -> None:
-        """Go on as if it had not been. Within a shielded scope."""
+    async def forget_cancellation(self, scope: anyio.CancelScope | None = None, /) -> None:
+        """Go on as if it had not been; but not if this scope, the innermost one, is cancelled. In a task of ours."""
+
+    def tasks(self) -> Tasks:
+        """New tasks of ours."""
+
+    async def within(self, scope: anyio.CancelScope, function: Callable[[], Awaitable[None]], /) -> None:
+        """Run a function within a scope, in a task of ours: the scope takes in its own cancellation, also if the task was
+        cancelled otherwise meanwhile."""
 
     async def insist(self, function: Callable[[], Awaitable[None]], scope: anyio.CancelScope, /) -> None:
-        """Call a function again if its task is cancelled otherwise than by this shielded scope: asyncio programs that shut down
-        cancel all tasks that there are, ours as well, and still need them to leave the bus."""
+        """Call a function again if its task, one of ours, is cancelled otherwise than by this scope, the innermost one."""
 
 
 def current_loop() -> Loop:
@@ -95,18 +117,6 @@ def current_loop() -> Loop:
     if isinstance(native, asyncio.AbstractEventLoop):
         return _Asyncio(native, checkpoint)
     return _Trio(native, checkpoint)  # type: ignore[arg-type]  # anyio has these two
-
-
-def undisturbed(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """A coroutine function for a task of ours, which Ctrl-C must not end in the middle.
-
-    trio raises KeyboardInterrupt wherever code of the main task's descent happens to run; with this it goes to the main task.
-    """
-    if isinstance(current_loop(), _Trio):
-        import trio  # noqa: PLC0415  # only where trio runs
-
-        return trio.lowlevel.enable_ki_protection(function)
-    return function
 
 
 class _Threads:
@@ -192,12 +202,25 @@ class _Asyncio(_Threads):
         task = asyncio.current_task()
         return _never if task is None else task.cancelling
 
-    async def forget_cancellation(self) -> None:
+    async def forget_cancellation(self, scope: anyio.CancelScope | None = None, /) -> None:
         task = asyncio.current_task()
-        while task is not None and task.uncancel():
-            pass
-        with contextlib.suppress(asyncio.CancelledError):  # it may not have been raised yet
-            await asyncio.sleep(0)
+        while task is not None and task.cancelling() and not (scope is not None and scope.cancel_called):
+            while task.uncancel():
+                pass
+            with contextlib.suppress(asyncio.CancelledError):  # it may not have been raised yet, or be another
+                await asyncio.sleep(0)
+
+    def tasks(self) -> Tasks:
+        return _AsyncioTasks(self)
+
+    async def within(self, scope: anyio.CancelScope, function: Callable[[], Awaitable[None]], /) -> None:
+        with scope:
+            try:
+                await function()
+            except asyncio.CancelledError:  # which anyio lets out when there was another
+                if not scope.cancel_called:
+                    raise
+        await self.forget_cancellation()
 
     async def insist(self, function: Callable[[], Awaitable[None]], scope: anyio.CancelScope, /) -> None:
         while True:
@@ -206,7 +229,67 @@ class _Asyncio(_Threads):
             except asyncio.CancelledError:
                 if scope.cancel_called:
                     raise
-                await self.forget_cancellation()
+                await self.forget_cancellation(scope)
+
+
+class _AsyncioTasks:
+    """Not a group of anyio's, which has itself and its body cancelled when one of its tasks is."""
+
+    def __init__(self, loop: _Asyncio) -> None:
+        self._loop = loop
+        self._body = anyio.CancelScope()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._errors: list[BaseException] = []
+        self._ended = loop.waiter()
+
+    async def __aenter__(self) -> object:
+        return self._body.__enter__()
+
+    def start(self, function: Callable[[], Coroutine[Any, Any, None]], /) -> None:
+        self._loop.check()  # it may be closed under those who would leave
+        begun = False
+
+        async def run() -> None:
+            nonlocal begun
+            begun = True
+            with contextlib.suppress(asyncio.CancelledError):
+                await function()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not begun:  # it was cancelled before its first step
+                self.start(function)
+            elif not task.cancelled() and (error := task.exception()) is not None:
+                self._errors.append(error)
+                self._body.cancel()
+            if not self._tasks:
+                self._ended.set()
+
+        task = asyncio.get_running_loop().create_task(run(), name=f"{function.__module__}.{function.__qualname__}")
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+
+    def cancel(self) -> None:
+        self._body.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool | None:
+        try:
+            await self._wait_until_ended()
+        except BaseException as own:
+            if self._body.__exit__(type(own), own, own.__traceback__):
+                return True
+            raise
+        return self._body.__exit__(kind, error, trace)
+
+    async def _wait_until_ended(self) -> None:
+        self._loop.check()
+        self._ended = self._loop.waiter()
+        if self._tasks:
+            await self._ended.wait_decided()
+        if self._errors:
+            raise BaseExceptionGroup("tasks of the bus have failed", self._errors)
 
 
 # ------------------------------------------------------------------ trio
@@ -278,14 +361,47 @@ class _Trio(_Threads):
     def self_cancelled(self) -> Callable[[], int]:
         return _never  # only scopes cancel
 
-    async def forget_cancellation(self) -> None:
+    async def forget_cancellation(self, _scope: anyio.CancelScope | None = None, /) -> None:
         pass
+
+    def tasks(self) -> Tasks:
+        return _TrioTasks()
+
+    async def within(self, scope: anyio.CancelScope, function: Callable[[], Awaitable[None]], /) -> None:
+        with scope:
+            await function()
 
     async def insist(self, function: Callable[[], Awaitable[None]], _scope: anyio.CancelScope, /) -> None:
         await function()
 
 
-# ------------------------------------------------------------------ processes and threads
+class _TrioTasks:
+    def __init__(self) -> None:
+        self._group = anyio.create_task_group()
+
+    async def __aenter__(self) -> object:
+        return await self._group.__aenter__()
+
+    def start(self, function: Callable[[], Coroutine[Any, Any, None]], /) -> None:
+        import trio  # noqa: PLC0415
+
+        async def run() -> None:
+            with anyio.CancelScope(shield=True):
+                await function()
+
+        # trio raises KeyboardInterrupt wherever code of the main task's descent happens to run; so it goes to the main task.
+        self._group.start_soon(trio.lowlevel.enable_ki_protection(run), name=function)
+
+    def cancel(self) -> None:
+        self._group.cancel_scope.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool | None:
+        return await self._group.__aexit__(kind, error, trace)
+
+
+# ------------------------------------------------------------------ processes
 
 
 class _Process:
@@ -316,95 +432,3 @@ def context_for_threads(context: Context) -> Context:
     if sniffio is not None:
         copy.run(sniffio.current_async_library_cvar.set, None)
     return copy
-
-
-class Gate:
-    """Something that one thread waits at and another opens, once for each time. A `Condition` makes a lock for each wait."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def open(self) -> None:
-        """Let the one that waits, or comes next, pass; then it is closed again."""
-        self._lock.release()
-
-    def wait(self, seconds: float = math.inf) -> bool:
-        """Pass when it is open; False if it was not for so long."""
-        return self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX) if seconds < math.inf else -1)
-
-
-class Turn:
-    """How the loop gives way to a thread before it does much itself.
-
-    A thread that is called could not begin before the loop has nothing to do, or before CPython's switch interval is over (5 ms),
-    since the loop holds the GIL. When the loop waits until the thread has come, that holds the GIL for a moment, and then not
-    while SQLite works; so both work at once.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._door = Gate()
-        self._called = self._busy = self._waited_for = False
-
-    def call(self) -> None:
-        """There is something for the thread to do; before it can come for it."""
-        self._called = True
-
-    def come(self) -> None:
-        """In the thread: it begins with all that it was called for."""
-        with self._lock:
-            self._called, self._busy = False, True
-            if self._waited_for:
-                self._waited_for = False
-                self._door.open()
-
-    def leave(self) -> None:
-        """In the thread: it is done with it."""
-        self._busy = False
-
-    def give_way(self) -> None:
-        """On the loop: wait until the thread has come, if it was called and is not busy; at most `GIVE_WAY` seconds."""
-        if not self._called or self._busy:
-            return
-        with self._lock:
-            if not self._called or self._busy:
-                return
-            self._waited_for = True
-        passed = False
-        try:
-            passed = self._door.wait(GIVE_WAY)
-        finally:  # a signal's handler may raise
-            if not passed:
-                with self._lock:
-                    if self._waited_for:
-                        self._waited_for = False
-                    else:
-                        self._door.wait(0)  # it has come in between
-
-
-class Worker:
-    """A daemon thread of ours that runs one job after another."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Callable[[], object]) -> None:
-        """Run a job after those before it. A job must not raise."""
-        self._jobs.put(job)
-
-    def stop(self) -> None:
-        """Let the thread end when the jobs before are done; does not wait."""
-        self._jobs.put(None)
-
-    def join(self, timeout: float | None = None) -> bool:
-        """Wait for the thread's end; False if it still runs after `timeout` seconds."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()

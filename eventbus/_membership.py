@@ -29,6 +29,7 @@ from eventbus.stores.base import (
     Notice,
     Register,
     Release,
+    Serves,
     Stand,
     Standing,
     Subscribed,
@@ -72,7 +73,7 @@ class Membership:
         self._instance = instance
         self._lease = lease
         self._shared = shared
-        self._joined = self._leaving = self._failing = False
+        self._joined = self._withdrawn = self._leaving = self._failing = False
         self._shares: Mapping[LaneKey, str | None] = {}
         self._taken: set[LaneKey] = set()  # lanes that others have
         self._ending: set[LaneKey] = set()  # lanes that were lost while something ran in them
@@ -109,6 +110,9 @@ class Membership:
                     _log.error("this instance could not do all of its part among the others, trying again: %s", error)
                 self._failing = True
                 self._journal.renew_at = self._environment.lease_clock() + min(RETRY, self._lease / RENEWALS)
+            except BaseException:
+                self.poke()  # a step that was cut short is taken again at once: the journal asks only once for a renewal
+                raise
 
     def poke(self) -> None:
         """Take a step soon."""
@@ -138,7 +142,7 @@ class Membership:
         await self.renew()
         await self._look(before)
         errors = []
-        for part in (self._declare_again, self._give_back, self._take):
+        for part in (self._give_back,) if self._withdrawn else (self._declare_again, self._give_back, self._take):
             try:
                 await part()
             except EventBusError as error:
@@ -150,8 +154,9 @@ class Membership:
     async def renew(self) -> None:
         """Show that this instance is alive."""
         begun = self._environment.lease_clock()
-        serves = {name: serving.serves() for name, serving in self._dispatcher.servings.items()}
-        holds, pinned = tuple(sorted(set(self._holds))), min(self._dispatcher.pins, default=None)
+        serves = {name: self._serves(serving) for name, serving in self._dispatcher.servings.items()}
+        holds = () if self._withdrawn else tuple(sorted(set(self._holds)))
+        pinned = min(self._dispatcher.pins, default=None)
         known = await self._journal.command(Beat(self._instance, begun, self._lease, serves, holds, pinned))
         if self._joined and not known:
             _log.warning("the others have taken this instance for dead: its lease had ended. It begins anew")
@@ -164,6 +169,21 @@ class Membership:
             self._journal.renew_at = begun + self._lease / RENEWALS
         if lapsed:
             self._dispatcher.wake_all()
+
+    def _serves(self, serving: Serving) -> Serves:
+        """What others are told. One that is to leave serves a subscription to the end of its last handler, or its order could
+        change under that; but it can run none of the lanes that somebody else can."""
+        serves, name = serving.serves(), serving.options.name
+        others = [member.serves for member in self.standing.members if member.instance.id != self._instance.id]
+        if self._withdrawn and any(name in each and fits(each[name], serving.stored) for each in others):
+            return msgspec.structs.replace(serves, cannot=tuple(sorted(self._wanted.get(name, ()))))
+        return serves
+
+    def withdraw(self) -> None:
+        """Take no lane any more, and let others have those that are quiet, and each of the rest when it has come to rest."""
+        self._withdrawn = True
+        if not self.is_alone():
+            self.poke()
 
     async def leave(self) -> None:
         """Sign off; the lanes are free. No step is taken any more."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 from eventbus.errors import BusNotOpen
 
 if TYPE_CHECKING:
-    from eventbus._loop import Loop, Turn
+    from eventbus._gates import Turn
+    from eventbus._loop import Loop
     from eventbus.stores.base import Query, Store
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from eventbus._encoding import Encoder, handler_context
 from eventbus._intake import Budget
 from eventbus._journal import Journal
 from eventbus._lanes import Environment, Lane
-from eventbus._loop import Loop, current_loop, this_process, undisturbed
+from eventbus._loop import Loop, current_loop, this_process
 from eventbus._membership import Membership
 from eventbus._outcomes import current_attempt
 from eventbus._probation import Solo
@@ -55,8 +55,6 @@ from eventbus.stores.base import (
 )
 
 if TYPE_CHECKING:
-    from anyio.abc import TaskGroup
-
     from eventbus._events import EventType
     from eventbus._options import Settings
     from eventbus.stores.base import Store
@@ -114,7 +112,7 @@ class Running:
         self.replays: set[Replay] = set()
         self.exit_error: BaseException | None = None
         self._wanted: Sequence[Wanted] = ()
-        self._group: TaskGroup
+        self._tasks = self.loop.tasks()
         self._scopes: list[anyio.CancelScope] = []
         self._journal_runs = False
 
@@ -157,17 +155,20 @@ class Running:
         self.encoder.on_new_type = self._on_new_type
         self.dispatcher.on_crash = self.leave
         self.pool.on_exit = self.leave
-        self._group = anyio.create_task_group()
-        await self._group.__aenter__()
+        await self._tasks.__aenter__()
         for task in (self.timers.run, self.membership.run, *self.upkeep.tasks()):
-            self._group.start_soon(undisturbed(self._until_closed), task)
-        self.pool.start(self._group)
+            self._run_until_closed(task)
+        self.pool.start(self._tasks)
 
-    async def _until_closed(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Run until the bus is closed, whatever is cancelled around it."""
-        with anyio.CancelScope(shield=True) as scope:
-            self._scopes.append(scope)
-            await self.loop.insist(task, scope)
+    def _run_until_closed(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run something until the bus is closed, whatever is cancelled around it."""
+        scope = anyio.CancelScope(shield=True)
+        self._scopes.append(scope)
+
+        async def run() -> None:
+            await self.loop.within(scope, partial(self.loop.insist, task, scope))
+
+        self._tasks.start(run)
 
     # -------------------------------------------------------------- the end
 
@@ -176,7 +177,7 @@ class Running:
         if self.exit_error is None:
             self.exit_error = error
             self.dispatcher.leave()
-            self._group.cancel_scope.cancel()
+            self._tasks.cancel()
 
     def check_leaving(self) -> None:
         """Raise in an attempt of this bus: to leave, it would wait for itself."""
@@ -198,43 +199,46 @@ class Running:
 
         async def run() -> None:
             try:
-                with anyio.CancelScope(shield=True):
-                    await work()
+                await work()
             except BaseException as error:  # noqa: BLE001  # raised below, where it is waited for
                 errors.append(error)
             finally:
                 ended.set()
 
-        self._group.start_soon(undisturbed(run))
+        self._tasks.start(run)
         await ended.wait_decided()
         if errors:
             raise errors[0]
 
     async def _stop(self, timeout: float) -> None:
         try:
+            self.membership.withdraw()
             await self.pool.stop(timeout)
-            with anyio.move_on_after(max(timeout, 1.0)):  # on a full disk it would take for ever
-                for serving in self.dispatcher.servings.values():
-                    if serving.circuit is not None:
-                        serving.circuit.hurry()
-                        await serving.circuit.at_rest.wait()
+            scope = anyio.move_on_after(max(timeout, 1.0))  # on a full disk it would take for ever
+            await self.loop.within(scope, partial(self.loop.insist, self._circuits_at_rest, scope))
+        finally:
             self.dispatcher.close()
             self.elsewhere.stepped()
             self._interrupt_replays()
-        finally:
             try:
                 await self._close()
             finally:
                 for scope in self._scopes:
                     scope.cancel()
 
+    async def _circuits_at_rest(self) -> None:
+        for serving in self.dispatcher.servings.values():
+            if serving.circuit is not None:
+                serving.circuit.hurry()
+                await serving.circuit.at_rest.wait()
+
     async def end_group(self, *error: object) -> None:
-        """Leave the task group, after `stop`; raises what a handler wants the program to end with."""
+        """Leave the tasks, after `stop`; raises what a handler wants the program to end with."""
         if self.exit_error is None:
-            await self._group.__aexit__(None, None, None)
+            await self._tasks.__aexit__(None, None, None)
             return
         try:
-            await self._group.__aexit__(*error)  # type: ignore[arg-type]  # it takes in the cancellation that was its own
+            await self._tasks.__aexit__(*error)  # type: ignore[arg-type]  # it takes in the cancellation that was its own
         finally:
             raise self.exit_error
 

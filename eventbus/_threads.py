@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from eventbus._clock import Clock
-    from eventbus._loop import Loop, Waiter, Worker
+    from eventbus._gates import Worker
+    from eventbus._loop import Loop, Waiter
 
 _log = logging.getLogger("eventbus")
 

@@ -15,12 +15,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from eventbus._attempts import Suspended, Torn, failed, run_async, timed_out
 from eventbus._lanes import Environment, Lane
-from eventbus._loop import context_for_threads, undisturbed
+from eventbus._loop import context_for_threads
 from eventbus._outcomes import RELEASED, Attempt, Failed, Outcome
 from eventbus._threads import Crossing, Threads
 from eventbus.hooks import HandlerStuck
@@ -28,7 +27,8 @@ from eventbus.hooks import HandlerStuck
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eventbus._loop import Waiter, Worker
+    from eventbus._gates import Worker
+    from eventbus._loop import Tasks, Waiter
 
 _log = logging.getLogger("eventbus")
 
@@ -50,6 +50,7 @@ class Pool:
         self.threads = Threads(name, environment.loop.worker)
         self.stopping = False
         self.on_exit: Callable[[BaseException], object] = lambda _error: None
+        self._our_tasks: Tasks
         self._limit = limit
         self._share = max(1, limit // 2)
         self._ready: deque[Lane] = deque()
@@ -61,21 +62,22 @@ class Pool:
         self._watched_until = math.inf
         self._gone: Waiter | None = None
 
-    def start(self, group: TaskGroup) -> None:
+    def start(self, tasks: Tasks) -> None:
         """Workers may be started from now on."""
-        group.start_soon(undisturbed(self._hire), group)
+        self._our_tasks = tasks
+        tasks.start(self._hire)
 
-    async def _hire(self, group: TaskGroup) -> None:
+    async def _hire(self) -> None:
         """Start workers. Lanes are woken by callbacks of the loop, which belong to no task and so may start none."""
-        with anyio.CancelScope(shield=True) as scope:
-            await self.environment.loop.insist(partial(self._hire_until_stopping, group), scope)
+        scope = anyio.CancelScope(shield=True)
+        await self.environment.loop.within(scope, partial(self.environment.loop.insist, self._hire_until_stopping, scope))
 
-    async def _hire_until_stopping(self, group: TaskGroup) -> None:
+    async def _hire_until_stopping(self) -> None:
         while True:
             self._hiring = self.environment.loop.waiter()
             hired, self._hired = self._hired, []
             for task in hired:
-                group.start_soon(undisturbed(task.run))
+                self._our_tasks.start(task.run)
             if self.stopping:
                 return
             await self._hiring.wait()
@@ -173,8 +175,8 @@ class Pool:
 
     async def _wait_until_gone(self, seconds: float) -> None:
         assert self._gone is not None
-        with anyio.move_on_after(seconds) as scope:
-            await self.environment.loop.insist(self._gone.wait, scope)
+        scope = anyio.move_on_after(seconds)
+        await self.environment.loop.within(scope, partial(self.environment.loop.insist, self._gone.wait, scope))
 
     def gone(self, task: _Task) -> None:
         """A worker has ended."""
@@ -215,9 +217,8 @@ class _Task:
             while not self._pool.stopping:
                 # The bus stops its workers itself; a cancellation from outside must not end them before. To make a scope costs
                 # more than to run most handlers, so there is a new one only when a handler was cancelled.
-                with anyio.CancelScope(shield=True) as scope:
-                    self._scope = scope
-                    await self._serve(scope)
+                self._scope = scope = anyio.CancelScope(shield=True)
+                await self._environment.loop.within(scope, partial(self._serve, scope))
                 if self._lane is not None:
                     self._leave(self._lane)
         except Torn:
@@ -245,7 +246,7 @@ class _Task:
             await self._run_quantum(lane, scope, self_cancelled)
             self._leave(lane)
             if self_cancelled():
-                await loop.forget_cancellation()
+                await loop.forget_cancellation(scope)
             if monotonic() - since >= QUANTUM:
                 await loop.insist(checkpoint, scope)
                 since = monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sqlite3
 import threading
@@ -17,7 +18,7 @@ import pytest
 from eventbus import BusNotOpen, Delivery, Draft, Envelope, EventBus, HandlingFailed, LaneLost, Reject, RetryAfter, RetryPolicy
 from eventbus import _elsewhere as elsewhere_module
 from eventbus import _membership as membership_module
-from eventbus.stores.base import Batch, Beat, Claim, Committed, Query, Release, WaitingRows
+from eventbus.stores.base import Batch, Beat, Claim, Committed, Query, Release, WaitingRows, lane_of_slot, slot_of
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.shops import Counting, Lapsing, Paid, Placed, Refusing, Shop, opened, running, stay, until
 from tests.bus.support import Recorder
@@ -53,6 +54,25 @@ class Gated(Shop):
         self.seen.add(event.n)
 
 
+class Held(Shop):
+    """A shop whose handler waits, for each event that has a gate, until that is opened."""
+
+    def __init__(self, db: str, concurrency: int, count: int) -> None:
+        super().__init__(db, order="key", concurrency=concurrency, lease=LONG)
+        self.begun = Recorder()
+        self.gates = [anyio.Event() for _ in range(count)]
+
+    async def handle(self, event: Placed | Paid) -> None:
+        self.begun.add(event.n)
+        await self.gates[event.n].wait()
+        self.seen.add(event.n)
+
+
+def key_in(lane: str, lanes: int) -> str:
+    """A key of which the events are in this lane."""
+    return next(key for key in map(str, itertools.count()) if str(lane_of_slot(slot_of(key), lanes)) == lane)
+
+
 def shop_of(db: str) -> Shop:
     return Shop(db, order="key", concurrency=2, lease=LONG)
 
@@ -69,6 +89,57 @@ async def quiet_work(shop: Shop) -> None:
 
 
 # ------------------------------------------------------------------ steps
+
+
+async def test_one_that_leaves_gives_its_lanes_back_at_once(db: str) -> None:
+    """While its last handlers run, others have those of its lanes in which nothing runs; each of the rest when its handler ends."""
+    first, second, leave = Held(db, 6, count=2), Shop(db, order="key", concurrency=6, lease=LONG), anyio.Event()
+    async with second.bus, anyio.create_task_group() as group:
+        await group.start(stay, first.bus, leave)
+        await until([first, second], 3, 3)
+        *busy, free = sorted(first.lanes)
+        for n, lane in enumerate(busy):
+            await second.bus.publish(Placed(n), key=key_in(lane, 6))
+        await first.begun.wait_for(2)
+        leave.set()
+        await until([second], 4)
+        await second.bus.publish(Placed(2), key=key_in(free, 6))
+        assert await second.seen.wait_for(1) == [2]
+        for count, gate in enumerate(first.gates, start=5):
+            gate.set()
+            await until([second], count)
+        assert await second.bus.drain(10) == {}
+    assert sorted(first.seen.seen) == [0, 1]
+    assert second.seen.seen == [2]
+
+
+async def test_no_order_changes_under_the_last_handler_of_one_that_leaves(db: str) -> None:
+    """It gives back its lanes, but another order has to wait until it is gone, also when nobody else has the old one any more."""
+    old, heir, new = Held(db, 2, count=1), shop_of(db), Shop(db, order="key", concurrency=3, lease=LONG)
+    leave, heir_leaves = anyio.Event(), anyio.Event()
+    async with anyio.create_task_group() as group:
+        await group.start(stay, old.bus, leave)
+        async with new.bus:
+            async with anyio.create_task_group() as heirs:
+                await heirs.start(stay, heir.bus, heir_leaves)
+                await until([old, heir, new], 1, 1, 0)
+                (lane,) = old.lanes
+                await new.bus.publish(Placed(0), key=key_in(lane, 2))
+                await old.begun.wait_for(1)
+                leave.set()
+                with anyio.fail_after(10):
+                    while not any(member.serves["stock"].cannot for member in running(heir).membership.standing.members):
+                        await running(heir).membership.next_step()
+                heir_leaves.set()
+            for _ in range(3):
+                running(new).membership.poke()
+                await running(new).membership.next_step()
+            assert new.lanes == set()
+            old.gates[0].set()
+            await until([new], 3)
+            assert await new.bus.drain(10) == {}
+    assert old.seen.seen == [0]
+    assert new.seen.seen == []
 
 
 async def test_what_the_store_refuses_stops_nothing_else(db: str) -> None:

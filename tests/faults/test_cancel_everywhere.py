@@ -19,9 +19,11 @@ import anyio.lowlevel
 import attrs
 import pytest
 
-from eventbus import EventBus, Reject
+from eventbus import BusNotOpen, EventBus, Reject
+from eventbus._loop import Waiter
+from eventbus._membership import Membership
 from eventbus._running import Running
-from tests.bus.support import GatedStore, threads_of_the_bus
+from tests.bus.support import GatedStore, Recorder, threads_of_the_bus
 
 MOST = 200
 """Awaits in one run, more than which would be a run without end."""
@@ -399,6 +401,148 @@ async def test_the_task_that_leaves(db: str, monkeypatch: pytest.MonkeyPatch) ->
     assert nth > 3
     monkeypatch.undo()
     await shop.assert_whole(acknowledged)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_tasks_that_have_not_begun(db: str) -> None:
+    """asyncio: a task of the bus that is cancelled before its first step begins all the same, whichever it is."""
+    shop, loop, unborn = Shop(db), asyncio.get_running_loop(), Recorder()
+
+    def create(
+        loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any] | Generator[Any, None, Any], **options: Any
+    ) -> asyncio.Task[Any]:
+        task = asyncio.Task(coroutine, loop=loop, **options)
+        if asyncio.current_task() is not None:  # else it is begun anew
+            task.cancel()
+            unborn.add(task)
+        return task
+
+    async def live() -> None:
+        async with (bus := shop.bus()):
+            await bus.publish_many([Placed(1), Placed(2)])
+            assert await bus.drain() == {}
+            await bus.pause("log")
+            await bus.rewind("log", after=0)
+            await bus.resume("log")
+            await bus.unsubscribe("plain")
+            await bus.publish(Placed(3))
+
+    program = asyncio.create_task(live())
+    loop.set_task_factory(create)
+    try:
+        await asyncio.wait([program], timeout=10)
+    finally:
+        loop.set_task_factory(None)
+    program.result()
+    assert len(unborn.seen) > 10
+    shop.assert_closed()
+    assert shop.handled.pop("log")[-3:] == [1, 2, 3]
+    assert shop.handled.pop("plain") == [1, 2]
+    assert all(sorted(seen) == [1, 2, 3] for seen in shop.handled.values())
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("times", [1, 2, 5])
+async def test_the_task_that_leaves_and_again(db: str, times: int) -> None:
+    """asyncio: cancelled as often as anybody likes, the task that leaves cancels the handlers at the stop timeout, and goes on."""
+    bus, began, cancelled = EventBus(db), anyio.Event(), anyio.Event()
+
+    @bus.subscribe(Placed, name="till")
+    async def till(_placed: Placed) -> None:
+        began.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cancelled.set()
+
+    def cancel(left: int) -> None:
+        for task in asyncio.all_tasks():
+            if "_to_the_end" in task.get_name():
+                task.cancel()
+        if left > 1:
+            asyncio.get_running_loop().call_soon(cancel, left - 1)
+
+    async def run() -> None:
+        async with bus.open(stop_timeout=0.05):
+            await bus.publish(Placed(1))
+            await began.wait()
+            asyncio.get_running_loop().call_later(0.01, cancel, times)
+
+    program = asyncio.create_task(run())
+    await asyncio.wait([program], timeout=10)
+    assert program.done()
+    assert cancelled.is_set()
+    assert threads_of_the_bus() == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_who_waits_while_the_task_that_leaves_is_cancelled(db: str) -> None:
+    """asyncio: whoever waits for work outside of the bus's body is told that the bus is closed, also when that task is cancelled."""
+    bus, began = EventBus(db), anyio.Event()
+
+    @bus.subscribe(Placed, name="till")
+    async def till(_placed: Placed) -> None:
+        began.set()
+        await anyio.sleep_forever()
+
+    def cancel() -> None:
+        for task in asyncio.all_tasks():
+            if "_to_the_end" in task.get_name():
+                task.cancel()
+
+    async with bus.open(stop_timeout=0):
+        await bus.publish(Placed(1))
+        await began.wait()
+        drain = asyncio.create_task(bus.drain())
+        assert bus._running is not None
+        circuit = bus._running.dispatcher.servings["till"].circuit
+        assert circuit is not None
+        circuit.at_rest = Cancelling(bus._running.loop.waiter(), cancel)  # as while what it sets back is not written
+    done, _ = await asyncio.wait([drain], timeout=10)
+    assert done
+    with pytest.raises(BusNotOpen):
+        drain.result()
+
+
+class Cancelling:
+    """A waiter that does something when it is waited for."""
+
+    def __init__(self, waiter: Waiter, action: Callable[[], object]) -> None:
+        self._waiter = waiter
+        self._action = action
+        self.done = False
+
+    def set(self) -> None:
+        self._waiter.set()
+
+    async def wait(self) -> None:
+        asyncio.get_running_loop().call_soon(self._action)
+        await self._waiter.wait()
+
+    wait_decided = wait
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_step_among_other_instances(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio: a step that is cancelled, wherever it is, is taken again, to its end: the lease goes on being renewed."""
+    step, cuts, taken = Membership.step, [0], Recorder()
+
+    async def step_and_be_cancelled(membership: Membership) -> None:
+        stepped = Stepped(cuts.pop() if cuts else 0, lambda: current_task().cancel())
+        await stepped.run(step(membership))
+        taken.add(stepped.waits)
+
+    async with EventBus(db, lease=1_000) as bus:
+        assert bus._running is not None
+        monkeypatch.setattr(Membership, "step", step_and_be_cancelled)
+        bus._running.membership.poke()
+        (waits,) = await taken.wait_for(1)
+        assert waits > 2
+        for nth in range(1, waits + 1):
+            cuts.append(nth)
+            bus._running.membership.poke()
+            await taken.wait_for(1 + nth)
+            assert len(taken.seen) == 1 + nth
 
 
 def current_task() -> asyncio.Task[Any]:

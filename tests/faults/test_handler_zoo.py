@@ -285,6 +285,22 @@ async def test_one_that_cancels_tasks(db: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_one_that_swallows_a_cancellation_of_its_task_and_hangs(db: str) -> None:
+    """It is cancelled at its timeout, as any other; the bus does not lose a worker, and its body is not cancelled."""
+
+    async def swallow(_delivery: Delivery) -> None:
+        own = asyncio.current_task()
+        assert own is not None
+        asyncio.get_running_loop().call_soon(own.cancel)
+        try:
+            await anyio.sleep_forever()
+        except asyncio.CancelledError:
+            await anyio.sleep_forever()
+
+    assert await Zoo(db, swallow, timeout=0.02).visit() == [("HandlerTimeout", 2)]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_program_that_cancels_all_its_tasks(db: str, times: int) -> None:
     """What many programs do at SIGTERM, also while the bus is being left: it is left in order, and nothing is lost."""

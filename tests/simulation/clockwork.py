@@ -22,7 +22,8 @@ from typing import Any
 import greenlet
 
 from eventbus._clock import SystemClock
-from eventbus._loop import Turn, _Asyncio
+from eventbus._gates import Turn
+from eventbus._loop import _Asyncio
 
 LIMIT = 50_000.0
 """Virtual seconds after which a run hangs."""
@@ -136,7 +137,7 @@ class Scheduler:
 
 
 class SimulatedWorker(greenlet.greenlet):
-    """As `eventbus._loop.Worker`, a greenlet."""
+    """As `eventbus._gates.Worker`, a greenlet."""
 
     def __init__(self, scheduler: Scheduler, name: str) -> None:
         super().__init__(self._work)
@@ -190,7 +191,7 @@ class SimulatedWorker(greenlet.greenlet):
 
 
 class SimulatedGate:
-    """As `eventbus._loop.Gate`, for these threads."""
+    """As `eventbus._gates.Gate`, for these threads."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -221,7 +222,7 @@ class SimulatedGate:
 
 
 class SimulatedTurn(Turn):
-    """As `eventbus._loop.Turn`: the loop gives way as it likes."""
+    """As `eventbus._gates.Turn`: the loop gives way as it likes."""
 
     def give_way(self) -> None:
         """It goes on: the thread comes when the scheduler calls it."""
