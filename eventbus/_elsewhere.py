@@ -17,6 +17,7 @@ import anyio
 import msgspec
 
 from eventbus._model import DeliveryStatus
+from eventbus._outcomes import current_attempt
 from eventbus.errors import UnknownEvent
 from eventbus.stores.base import (
     DeadLetterFilter,
@@ -43,6 +44,8 @@ _log = logging.getLogger("eventbus")
 LaneStates = Mapping[tuple[str, str], LaneState]
 _DONE = (DeliveryStatus.HANDLED, DeliveryStatus.DEAD)
 _PAGE = 100
+OWN_LANE = "called from inside the lane that would have to handle it"
+"""Why nothing comes of an event while who waits for it does."""
 PATIENCE = 0.1
 """Seconds after which who waits for all of a subscription looks again, whatever has happened."""
 
@@ -159,6 +162,8 @@ class Elsewhere:
         if not served and serving is None:
             return self._dispatcher.others.get(name, (stored, "no handler"))[1]
         lane = _lane_of(stored, record)
+        if _is_callers(name, lane):
+            return OWN_LANE
         # Where it is served here and by nobody, the others have taken this instance for dead; it is about to be back.
         if served and all(lane in serves.cannot for serves in served):
             return "no instance can decode an event of its lane"
@@ -182,7 +187,7 @@ class Elsewhere:
         waited = False
         while serving.paused is None and not serving.closed:
             with self._watching() as wait:
-                away = self.away(serving)
+                away = {lane for lane in self.away(serving) if not _is_callers(serving.options.name, lane)}
                 if not away or not await some(away):
                     break
                 if serving.waits_for is not None and not self._membership.serves_elsewhere(serving.options.name):
@@ -219,6 +224,14 @@ class Elsewhere:
         if not away:
             return 0
         return await self._redriven(serving, away) + await self._status.behind(serving.stored, position, away)
+
+
+def _is_callers(subscription: str, lane: str) -> bool:
+    """Whether this is called from inside a lane that was lost meanwhile; it is not taken anew before the caller has ended."""
+    attempt = current_attempt.get()
+    if attempt is None or attempt.over or not attempt.lane.moved:
+        return False
+    return (attempt.lane.holder.options.name, attempt.lane.name) == (subscription, lane)
 
 
 def _lane_of(stored: Subscribed, record: Record) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from eventbus._elsewhere import OWN_LANE
 from eventbus._lanes import MOVED, Lane
 from eventbus._model import Receipt
 from eventbus._outcomes import current_attempt
@@ -125,7 +126,7 @@ class Waiting:
             return None
         if lane.concurrency > 1 and attempt.record is not record:
             return None
-        return "called from inside the lane that would have to handle it"
+        return OWN_LANE
 
     # -------------------------------------------------------------- everything
 

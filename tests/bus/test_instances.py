@@ -14,7 +14,7 @@ import anyio.lowlevel
 import attrs
 import pytest
 
-from eventbus import Delivery, DeliveryStatus, Draft, EventBus, HandlingFailed, LaneLost, Reject, RetryPolicy
+from eventbus import Delivery, DeliveryStatus, Draft, EventBus, HandlingFailed, LaneLost, Receipt, Reject, RetryPolicy
 from eventbus._membership import NOBODY
 from eventbus.stores.base import Batch, Beat, Claim, Committed, Lanes, Record
 from eventbus.stores.sqlite import SQLiteStore
@@ -558,6 +558,35 @@ async def test_a_lane_that_is_lost_and_taken_anew_while_it_runs(db: str, lapses:
         assert await first.bus.drain(10) == {}
         assert began.seen == list(range(len(ended.seen)))  # each began when all before it had ended
         assert lapses or len(ended.seen) == 2
+
+
+async def test_who_waits_inside_a_lane_that_was_lost(db: str) -> None:
+    """A handler waits for nothing that comes only when it has ended, as where the lane is still there: `drain` leaves it out,
+    and `handled` says so."""
+    bus, desk, ended, go_on = EventBus(db), EventBus(db), Recorder(), anyio.Event()
+    receipts: list[Receipt] = []
+
+    @bus.subscribe(Placed, name="stock", order="log")
+    async def stock(_placed: Placed) -> None:
+        await go_on.wait()
+        if not ended.seen:
+            await bus.drain()
+            with pytest.raises(HandlingFailed, match="called from inside the lane"):
+                await receipts[0].handled()
+        ended.add("an attempt")
+
+    async with bus.open(stop_timeout=0), desk:
+        receipts.append(await bus.publish(Placed(1)))
+        (lane,) = bus._running.dispatcher.lanes()  # type: ignore[union-attr]
+        with anyio.fail_after(10):
+            while not lane.running:
+                await anyio.lowlevel.checkpoint()
+            await desk.rewind("stock")
+            while not lane.closed:
+                await anyio.lowlevel.checkpoint()
+        go_on.set()
+        assert await ended.wait_for(2, timeout=5)
+        assert await bus.drain(10) == {}
 
 
 async def test_handled_while_lanes_move(db: str) -> None:
