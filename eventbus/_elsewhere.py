@@ -231,9 +231,9 @@ class Elsewhere:
 def _is_callers(subscription: str, lane: str) -> bool:
     """Whether this is called from inside a lane that was lost meanwhile; it is not taken anew before the caller has ended."""
     attempt = current_attempt.get()
-    return (
-        attempt is not None and not attempt.over and (attempt.lane.holder.options.name, attempt.lane.name) == (subscription, lane)
-    )
+    if attempt is None or attempt.over or not attempt.lane.moved:
+        return False
+    return (attempt.lane.holder.options.name, attempt.lane.name) == (subscription, lane)
 
 
 def _lane_of(stored: Subscribed, record: Record) -> str:
