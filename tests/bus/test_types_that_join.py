@@ -12,36 +12,21 @@ import attrs
 import pytest
 
 from eventbus import DeliveryStatus, EventBus, HandlingFailed, event
+from tests.bus.shops import Paid, Placed, Shop
 
 ORDERS = pytest.mark.parametrize("order", ["type", "log", "key", "none"])
 LEASE = 1.0
 
 
-@attrs.frozen
-class Placed:
-    n: int
+def shop_of(path: Path, *types: type, order: Any) -> Shop:
+    """One program, whose bus has one subscription."""
+    return Shop(str(path), *types, order=order, lease=LEASE)
 
 
-@attrs.frozen
-class Paid:
-    n: int
-
-
-class Shop:
-    """One program: a bus with one subscription, and what it was given."""
-
-    def __init__(self, path: Path, *types: type, order: Any) -> None:
-        self.bus = EventBus(path, lease=LEASE)
-        self.given: list[int] = []
-
-        @self.bus.subscribe(*types, name="stock", order=order)
-        async def stock(it: Any) -> None:
-            self.given.append(it.n)
-
-    async def state(self) -> tuple[str, int]:
-        """As its stats say: the state, and the lag."""
-        stats = (await self.bus.stats()).subscriptions["stock"]
-        return stats.state, stats.lag
+async def state_of(shop: Shop) -> tuple[str, int]:
+    """As its stats say: the state, and the lag."""
+    stats = (await shop.bus.stats()).subscriptions["stock"]
+    return stats.state, stats.lag
 
 
 @contextlib.asynccontextmanager
@@ -58,7 +43,7 @@ async def test_of_a_program_that_only_publishes(tmp_path: Path, order: str) -> N
     """A type that a program which does not dispatch declares has events from then on: they wait, whatever the running one does
     meanwhile, for a program that serves it, and are told to be pending until then."""
     path = tmp_path / "a.db"
-    old, web, new = (Shop(path, *types, order=order) for types in ((Placed,), (Placed, Paid), (Placed, Paid)))
+    old, web, new = (shop_of(path, *types, order=order) for types in ((Placed,), (Placed, Paid), (Placed, Paid)))
     async with old.bus:
         await old.bus.publish(Placed(0), key="k")
         async with web.bus.open(dispatch=False) as bus:
@@ -69,41 +54,41 @@ async def test_of_a_program_that_only_publishes(tmp_path: Path, order: str) -> N
                 with pytest.raises(HandlingFailed) as caught:
                     await receipts[0].handled(timeout=10)
                 assert "no instance serves" in caught.value.blocked["stock"]
-    assert old.given == [0, 3]
+    assert old.seen.seen == [0, 3]
     async with new.bus as bus:
         assert await bus.drain(timeout=10) == {}
         assert await bus.status(receipts[0].id) == {"stock": DeliveryStatus.HANDLED}
-    assert sorted(new.given) == [1, 2]
+    assert sorted(new.seen.seen) == [1, 2]
 
 
 @ORDERS
 async def test_that_comes_back(tmp_path: Path, order: str) -> None:
     """A type that a deployment leaves out is delivered when it is there again: what came meanwhile, and nothing twice."""
     path = tmp_path / "a.db"
-    shops = [Shop(path, *types, order=order) for types in ((Placed, Paid), (Placed,), (Placed, Paid))]
+    shops = [shop_of(path, *types, order=order) for types in ((Placed, Paid), (Placed,), (Placed, Paid))]
     for n, shop in enumerate(shops):
         async with shop.bus as bus:
             await bus.publish_many([Paid(2 * n), Placed(2 * n + 1)])
             assert await bus.drain(timeout=10) == {}
-    assert [sorted(shop.given) for shop in shops] == [[0, 1], [3], [2, 4, 5]]
+    assert [sorted(shop.seen.seen) for shop in shops] == [[0, 1], [3], [2, 4, 5]]
 
 
 @ORDERS
 async def test_of_a_canary_that_is_rolled_back(tmp_path: Path, order: str) -> None:
     """When the only program that served a type has gone, the others run the lanes again, and nobody need start anew."""
     path = tmp_path / "a.db"
-    old, canary, later = (Shop(path, *types, order=order) for types in ((Placed,), (Placed, Paid), (Placed, Paid)))
+    old, canary, later = (shop_of(path, *types, order=order) for types in ((Placed,), (Placed, Paid), (Placed, Paid)))
     async with old.bus as bus:
         async with canary.bus:
             await (await canary.bus.publish(Paid(0))).handled(timeout=10)
         receipt = await bus.publish(Placed(1), key="k")
         await bus.publish(Paid(2))
         await receipt.handled(timeout=10)
-        assert canary.given == [0]
-        assert set(old.given) == {1}  # twice, where it was begun before it was seen that the canary had had the lane
+        assert canary.seen.seen == [0]
+        assert set(old.seen.seen) == {1}  # twice, where it was begun before it was seen that the canary had had the lane
     async with later.bus as bus:
         assert await bus.drain(timeout=10) == {}
-    assert later.given == [2]
+    assert later.seen.seen == [2]
 
 
 Looks = Literal["nobody looks", "the other looks first"]
@@ -124,7 +109,7 @@ async def test_a_subclass_that_another_program_publishes(
     looked at, in the history say, it is handled."""
     path = tmp_path / "a.db"
     base, sub = base_and(str(abs(hash(request.node.name))))
-    one, other = Shop(path, base, order=order), Shop(path, base, order=order)
+    one, other = shop_of(path, base, order=order), shop_of(path, base, order=order)
     async with other.bus:
         await other.bus.publish(base(0), key="k")
         async with one.bus:
@@ -133,13 +118,13 @@ async def test_a_subclass_that_another_program_publishes(
             receipt = await one.bus.publish(sub(1), key="k")
             await receipt.handled(timeout=10)
             assert await other.bus.drain(timeout=10) == {}
-    assert sorted({*one.given, *other.given}) == [0, 1]
+    assert sorted({*one.seen.seen, *other.seen.seen}) == [0, 1]
 
 
 async def test_a_subscription_that_was_removed_elsewhere(tmp_path: Path) -> None:
     """It does not come back with the next subclass."""
     base, sub = base_and("removed")
-    one, other = Shop(tmp_path / "a.db", base, order="log"), EventBus(tmp_path / "a.db")
+    one, other = shop_of(tmp_path / "a.db", base, order="log"), EventBus(tmp_path / "a.db")
     async with one.bus, other:
         async with until(lambda: _is_gone(one.bus)):
             await other.unsubscribe("stock")
@@ -167,7 +152,7 @@ class Second:
 async def test_a_lane_that_could_not_be_run(tmp_path: Path) -> None:
     """A lane that has waited at an event which cannot be decoded here is run again once a newer program has handled that; until
     then it is told that nobody can run it."""
-    old, new = Shop(tmp_path / "a.db", First, order="log"), Shop(tmp_path / "a.db", Second, order="log")
+    old, new = shop_of(tmp_path / "a.db", First, order="log"), shop_of(tmp_path / "a.db", Second, order="log")
     publisher = EventBus(tmp_path / "a.db")
     async with old.bus as bus:
         async with until(lambda: _is(old, "blocked")), publisher:
@@ -178,13 +163,13 @@ async def test_a_lane_that_could_not_be_run(tmp_path: Path) -> None:
             await (await new.bus.publish(Second(2))).handled(timeout=10)
             assert await _has_a_lane(new)
         await (await bus.publish(First(3))).handled(timeout=10)
-        assert await old.state() == ("running", 0)
-    assert (new.given, old.given) == ([0, 1, 2], [3])
+        assert await state_of(old) == ("running", 0)
+    assert (new.seen.seen, old.seen.seen) == ([0, 1, 2], [3])
 
 
 async def _is(shop: Shop, state: str) -> bool:
-    return (await shop.state())[0] == state
+    return (await state_of(shop))[0] == state
 
 
 async def _has_a_lane(shop: Shop) -> bool:
-    return bool(shop.bus._open().dispatcher.servings["stock"].lanes)
+    return bool(shop.lanes)

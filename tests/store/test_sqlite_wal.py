@@ -255,16 +255,23 @@ def test_sqlite_leaves_out_what_is_found(tmp_path: Path) -> None:
     assert refused > 10
 
 
+def broken(folder: Path, commits: int, part: float) -> SQLiteStore:
+    """A store that is closed, on a file with so many commits in its WAL, which is broken after this part of it."""
+    store = SQLiteStore(folder / "a.db")
+    store.open(INSTANCE)
+    for _ in range(commits):
+        store.commit(Batch(NOW, appends=[records(1)]))
+    kept = {name: (folder / name).read_bytes() for name in ("a.db", "a.db-wal")}
+    store.close()
+    kept["a.db-wal"] = flipped(kept["a.db-wal"], int(len(kept["a.db-wal"]) * part), 0)
+    for name, data in kept.items():
+        (folder / name).write_bytes(data)
+    return store
+
+
 def test_the_way_on(tmp_path: Path) -> None:
     """Whoever does what the error says has the transactions before the damage, and can publish again."""
-    store = SQLiteStore(tmp_path / "a.db")
-    store.open(INSTANCE)
-    for _ in range(8):
-        store.commit(Batch(NOW, appends=[records(1)]))
-    kept = {name: (tmp_path / name).read_bytes() for name in ("a.db", "a.db-wal")}
-    store.close()
-    (tmp_path / "a.db").write_bytes(kept["a.db"])
-    (tmp_path / "a.db-wal").write_bytes(flipped(kept["a.db-wal"], len(kept["a.db-wal"]) * 2 // 3, 0))
+    store = broken(tmp_path, 8, 2 / 3)
     with pytest.raises(StoreCorrupt) as refused:
         store.open(INSTANCE)
     code = str(refused.value).split('python -c "')[1].rstrip('"')
@@ -278,14 +285,7 @@ def test_the_way_on(tmp_path: Path) -> None:
 
 def test_only_full_looks(tmp_path: Path) -> None:
     """Without a sync at each commit, a break in the middle is what a loss of power leaves; "fast" promises no more."""
-    store = SQLiteStore(tmp_path / "a.db")
-    store.open(INSTANCE)
-    for _ in range(4):
-        store.commit(Batch(NOW, appends=[records(1)]))
-    kept = {name: (tmp_path / name).read_bytes() for name in ("a.db", "a.db-wal")}
-    store.close()
-    (tmp_path / "a.db").write_bytes(kept["a.db"])
-    (tmp_path / "a.db-wal").write_bytes(flipped(kept["a.db-wal"], len(kept["a.db-wal"]) // 2, 0))
+    store = broken(tmp_path, 4, 1 / 2)
     with pytest.raises(StoreCorrupt):
         store.open(INSTANCE)
     fast = SQLiteStore(tmp_path / "a.db", durability="fast")
@@ -312,15 +312,7 @@ def test_beside_another(tmp_path: Path) -> None:
 
 def test_several_that_start_together(tmp_path: Path) -> None:
     """None of those that start at the same time takes the others for one that has the file open: all refuse."""
-    store = SQLiteStore(tmp_path / "a.db")
-    store.open(INSTANCE)
-    for _ in range(4):
-        store.commit(Batch(NOW, appends=[records(1)]))
-    kept = {name: (tmp_path / name).read_bytes() for name in ("a.db", "a.db-wal")}
-    store.close()
-    kept["a.db-wal"] = flipped(kept["a.db-wal"], len(kept["a.db-wal"]) // 2, 0)
-    for name, data in kept.items():
-        (tmp_path / name).write_bytes(data)
+    broken(tmp_path, 4, 1 / 2)
     together = threading.Barrier(4)
 
     def open_one(number: int) -> str:
