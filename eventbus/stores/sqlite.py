@@ -381,6 +381,8 @@ class SQLiteStore:
         """Open the connections anew after an I/O error. The lock file stays held."""
         self._check_open()
         self._suspect = True
+        if self._identity is not None:
+            self._identity.check()  # a file that lies there instead must not be taken for it
         with self._reading, self._translated():
             with contextlib.suppress(sqlite3.Error):
                 self._disconnect()

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from eventbus.errors import PublishOutcomeUnknown, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreUnavailable
+from eventbus.errors import PublishOutcomeUnknown, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreLost, StoreUnavailable
 from eventbus.stores import _sqlite_commit, _sqlite_insert, _sqlite_read
 from eventbus.stores import sqlite as module
 from eventbus.stores._sqlite_connection import connect
@@ -511,6 +511,20 @@ def test_a_read_while_it_is_opened_again(store: SQLiteStore, monkeypatch: pytest
     store.commit(Batch(NOW, appends=[records(2)]))
     reading.join()
     assert answers == [2]
+
+
+def test_another_file_in_its_place(store: SQLiteStore, tmp_path: Path) -> None:
+    """A file that was put in the place of the store's while the disk failed is not taken for it."""
+    store.commit(Batch(NOW, appends=[records(1)]))
+    path = Path(store._path)
+    copy = tmp_path / "copy"
+    copy.write_bytes(path.read_bytes())
+    fail(store, "COMMIT", done=True)
+    copy.replace(path)
+    with pytest.raises(PublishOutcomeUnknown):
+        store.commit(Batch(NOW, [[record(idempotency_key="k")]]))
+    with pytest.raises(StoreLost):
+        store.commit(_append(store))
 
 
 @pytest.mark.parametrize("done", [False, True])
