@@ -145,7 +145,7 @@ class Lane:
         self.log: LogSource  # set right after, by who makes the lane
         self.sources: list[Source] = []
         self.blocked: str | None = None
-        self.blocked_at = 0
+        self.blocked_at = 0.0
         self.closed = self.scheduled = self.moved = False
         self.retiring = False  # it is to go to another instance, as soon as it is quiet
         self.running = 0
@@ -252,7 +252,7 @@ class Lane:
             if circuit is not None:
                 circuit.released(attempt)
             if isinstance(outcome, Undeliverable) and self.blocked is None:
-                self._block(outcome.reason, attempt.record.position)
+                self._block(outcome.reason, math.inf if attempt.source.beside else attempt.record.position)
         self.rested()
 
     def _fail(self, attempt: Attempt, outcome: Failed, verdict: Verdict | float) -> None:
@@ -264,7 +264,7 @@ class Lane:
             attempt.number -= 1
             attempt.source.failed(Failure(attempt, outcome.error, verdict, final=False, now=self.environment.clock.time()))
 
-    def _block(self, reason: str, position: int) -> None:
+    def _block(self, reason: str, position: float) -> None:
         self.blocked, self.blocked_at = reason, position
         _log.error("%s: the lane %r waits: %s", self.holder.options.name, self.name, reason)
         self.environment.notify(LaneBlocked(self.holder.options.name, self.name, reason))

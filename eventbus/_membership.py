@@ -37,6 +37,7 @@ from eventbus.stores.base import (
     Suspicions,
     Types,
     WaitingRows,
+    covers,
     since_of,
 )
 
@@ -285,7 +286,7 @@ class Membership:
         name, stored = serving.options.name, serving.stored
         served = {pattern for member in self.standing.members if name in member.serves for pattern in member.serves[name].types}
         held = {*stored.types, *stored.derived}
-        return not held >= {*serving.registration.types} or not served >= {*stored.types} - {*stored.derived}
+        return not held >= {*serving.registration.types} or not all(covers(served, each) for each in held - {*stored.derived})
 
     def _share(self) -> None:
         """Compute who should have which lane."""

@@ -34,6 +34,7 @@ from eventbus.stores.base import (
     Subscribed,
     WaitingRow,
     WaitingRows,
+    covers,
     lane_name,
     since_of,
     slots_of,
@@ -71,8 +72,8 @@ class Serving:
         self.circuit = None
         if breaker is not None:
             self.circuit = Circuit(self, breaker, dispatcher.environment)
-        self.cannot: dict[str, int] = {}
-        """Lanes that wait at an event that cannot be decoded here: its position."""
+        self.cannot: dict[str, float] = {}
+        """Lanes that wait at an event that cannot be decoded here: its position; infinite if it did not come from the log."""
         self.nobodys: Collection[str] = ()
         """Lanes that no instance can run."""
         self._starts: dict[str, float] = {}
@@ -98,7 +99,10 @@ class Serving:
         waits at them.
         """
         held = stored.since if stored.order == "type" else (*stored.types, *stored.derived)
-        declared = tuple(t for t in self.registration.types if t in held)  # others are about to join
+        own = (
+            self.registration.types
+        )  # some of which may be about to join, or wait: then what they mean of what is held is served
+        declared = dict.fromkeys([t for t in own if t in held] + [t for t in stored.types if covers(own, t)])
         return (*declared, *(t for t in stored.derived if t not in declared and self._may_be_derived(t)))
 
     def _may_be_derived(self, type: str) -> bool:

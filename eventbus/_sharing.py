@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from eventbus.stores.base import Member, Serves, Standing, Subscribed, type_matches
+from eventbus.stores.base import Member, Serves, Standing, Subscribed, covers, type_matches
 
 LaneKey = tuple[str, str]
 
@@ -55,7 +55,8 @@ def fits(serves: Serves, subscribed: Subscribed) -> bool:
     instance does not declare; subclasses that it does not know make the lane wait instead."""
     if (serves.order, serves.concurrency) != (subscribed.order, subscribed.concurrency):
         return False
-    return serves.order == "type" or set(serves.types) >= set(subscribed.types) - set(subscribed.derived)
+    held = set(subscribed.types) - set(subscribed.derived)
+    return serves.order == "type" or all(covers(serves.types, each) for each in held)
 
 
 def _can(serves: Serves, lane: str) -> bool:

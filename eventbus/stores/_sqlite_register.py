@@ -16,7 +16,7 @@ import msgspec
 from eventbus.errors import InvalidSubscription
 from eventbus.stores._sqlite_commit import BUMP, HEAD
 from eventbus.stores._sqlite_members import fence, first_epoch
-from eventbus.stores._sqlite_read import LAST, changes, lanes, members, position_before, subscriptions, types, waiting_rows
+from eventbus.stores._sqlite_read import changes, lanes, members, position_before, subscriptions, types, waiting_rows
 from eventbus.stores._sqlite_rows import one, to_micros
 from eventbus.stores._sqlite_units import write_lanes, write_subscription
 from eventbus.stores.base import (
@@ -27,8 +27,10 @@ from eventbus.stores.base import (
     Registration,
     Serves,
     Subscribed,
+    covers,
     lane_name,
     since_of,
+    type_matches,
 )
 
 Connection = sqlite3.Connection
@@ -78,41 +80,52 @@ class Registering:
 
     def _update(self, known: Subscribed, wanted: Registration) -> Subscribed:
         served = [m.serves[known.name] for m in self._others if known.name in m.serves]
+        stored, given = (known.order, known.concurrency), (wanted.order, wanted.concurrency)
+        is_served = stored in [(each.order, each.concurrency) for each in served]
+        dispatched = wanted.dispatched and (given == stored or not is_served)  # or it waits until those have gone
         since = dict(known.since)
         for pattern in wanted.types:
             since.setdefault(pattern, self._head)
         subscribed = msgspec.structs.replace(
             known,
-            types=_together(wanted.types, served, known) if wanted.dispatched else known.types,
+            types=_together(wanted.types, served, known) if dispatched else known.types,
             since=since,
             derived=tuple(sorted({*known.derived, *wanted.derived})),
         )
-        stored, given = (known.order, known.concurrency), (wanted.order, wanted.concurrency)
-        if wanted.dispatched and given != stored and stored not in [(each.order, each.concurrency) for each in served]:
+        if dispatched and given != stored:
             return self._switch(known, msgspec.structs.replace(subscribed, order=wanted.order, concurrency=wanted.concurrency))
-        if known.order == "type":
-            return self._without_floors(subscribed)
-        held, now = ({*each.types, *each.derived} for each in (known, subscribed))
+        return self._without_floors(subscribed if known.order == "type" else self._change_types(known, subscribed))
+
+    def _change_types(self, known: Subscribed, subscribed: Subscribed) -> Subscribed:
+        """Lanes that hold several types hold others from now on."""
+        held, now = _held(known), _held(subscribed)
         if not now >= held:  # what is settled of the types that leave is to be known when they come back
             subscribed = msgspec.structs.replace(subscribed, floors=(*subscribed.floors, self._floor(known)))
-        if self._passed_by(known, subscribed):
-            if not self._parked(known):
-                return self._switch(known, subscribed)
-            subscribed = _within(subscribed, held)
-            now = {*subscribed.types, *subscribed.derived}
-        if not held >= now:
-            fence(self._connection, known.name, self._command.instance)
-        return self._without_floors(subscribed)
+        late = self._late(known, subscribed) if now - held else {}
+        if late and self._parked(known):
+            subscribed = _without(subscribed, known, late)
+            now = _held(subscribed)
+        elif late and self._passed_by(subscribed, late):
+            return self._switch(known, subscribed)
+        if held != now:
+            # Of types that nobody has known there are no events yet: this instance knows them before there are.
+            is_new = now >= held and not known.since.keys() & (now - held)
+            fence(self._connection, known.name, self._command.instance if is_new else "")
+        return subscribed
 
-    def _passed_by(self, known: Subscribed, subscribed: Subscribed) -> bool:
-        """Whether its lanes have passed events that they did not hold, and that are to be delivered now."""
-        reached = max((max(state.checkpoint, *state.done, 0) for state in lanes(self._connection, known.name)), default=0)
-        joined = [type for type in types(self._connection) if subscribed.holds(type) and not known.holds(type)]
-        return any(
-            not subscribed.settled_before(position, type, slot, key)
-            for type in joined
-            for position, _, slot, key in _scan(self._connection, _begin(subscribed, type), reached, type)
-        )
+    def _late(self, known: Subscribed, subscribed: Subscribed) -> dict[str, int]:
+        """Types that its lanes have not held, and of which there are events to be delivered now; with where these begin."""
+        joined = {
+            type: last for type, last in types(self._connection).items() if subscribed.holds(type) and not known.holds(type)
+        }
+        begins = {type: _begin(subscribed, type) for type in joined}
+        return {type: begins[type] for type, last in joined.items() if last > begins[type]}
+
+    def _passed_by(self, subscribed: Subscribed, late: Mapping[str, int]) -> bool:
+        """Whether its lanes have passed any of these."""
+        reached = max((max(state.checkpoint, *state.done, 0) for state in lanes(self._connection, subscribed.name)), default=0)
+        firsts = [_first_of(self._connection, subscribed, type, begin) for type, begin in late.items()]
+        return any(first is not None and first <= reached for first in firsts)
 
     def _without_floors(self, subscribed: Subscribed) -> Subscribed:
         """Floors say nothing more that every lane has passed, and every row, which stands for what comes after it in its key; but
@@ -121,11 +134,10 @@ class Registering:
             return subscribed
         reached = [state.checkpoint for state in lanes(self._connection, subscribed.name)]
         reached += [row.waiting.position - 1 for row in waiting_rows(self._connection, subscribed.name)]
-        held = {*subscribed.types, *subscribed.derived}
         kept = tuple(
             floor
             for floor in subscribed.floors
-            if floor.up_to() > min(reached, default=0) or (subscribed.order != "type" and not held >= {*floor.types})
+            if floor.up_to() > min(reached, default=0) or (subscribed.order != "type" and not _held(subscribed) >= {*floor.types})
         )
         return msgspec.structs.replace(subscribed, floors=kept)
 
@@ -170,10 +182,21 @@ class Registering:
             )
 
 
-def _within(subscribed: Subscribed, held: Collection[str]) -> Subscribed:
-    """With none but types that its lanes have held: others have to wait until it can have lanes that begin anew."""
-    types, derived = (tuple(each for each in some if each in held) for some in (subscribed.types, subscribed.derived))
-    return msgspec.structs.replace(subscribed, types=types, derived=derived)
+def _held(subscribed: Subscribed) -> set[str]:
+    """The patterns that its lanes hold."""
+    return {*subscribed.types, *subscribed.derived}
+
+
+def _without(subscribed: Subscribed, known: Subscribed, late: Collection[str]) -> Subscribed:
+    """Without the patterns that bring these types: they have to wait until its lanes can begin anew. What was held, and such a
+    pattern means, stays."""
+    held = _held(known)
+    waiting = [each for each in _held(subscribed) - held if any(type_matches(each, type) for type in late)]
+    types = [each for each in subscribed.types if each not in waiting]
+    types += [each for each in known.types if each not in types and covers(waiting, each)]
+    return msgspec.structs.replace(
+        subscribed, types=tuple(types), derived=tuple(each for each in subscribed.derived if each not in waiting)
+    )
 
 
 def _shown(subscribed: Subscribed) -> str:
@@ -190,9 +213,10 @@ def lanes_of(connection: Connection, subscribed: Subscribed) -> Iterable[str]:
 
 
 def _together(types: tuple[str, ...], served: Iterable[Serves], known: Subscribed) -> tuple[str, ...]:
-    """The types given, and those of the stored ones that another instance serves."""
+    """The types given, and those of the stored ones that another instance serves; as they are stored, where that is the same."""
     elsewhere = {pattern for serves in served for pattern in serves.types}
-    return (*types, *(pattern for pattern in known.types if pattern in elsewhere and pattern not in types))
+    together = (*types, *(pattern for pattern in known.types if pattern in elsewhere and pattern not in types))
+    return known.types if {*known.types} == {*together} else together
 
 
 def first_unsettled(connection: Connection, known: Subscribed, wanted: Subscribed) -> int | None:
@@ -201,9 +225,18 @@ def first_unsettled(connection: Connection, known: Subscribed, wanted: Subscribe
     waiting = min((row.waiting.begins for row in rows), default=None)
     states = {state.lane: state for state in lanes(connection, known.name)}
     begins = [_reached(known, states, lane) for lane in lanes_of(connection, known)]
-    begins += [_begin(wanted, type) for type in types(connection) if wanted.wants(type) and not known.holds(type)]
-    above = _first_above(connection, known, wanted, states, min(begins)) if begins else None
-    return min((position for position in (waiting, above) if position is not None), default=None)
+    firsts = [waiting, _first_above(connection, known, wanted, states, min(begins)) if begins else None]
+    joined = [type for type in types(connection) if wanted.holds(type) and wanted.wants(type) and not known.holds(type)]
+    firsts += [_first_of(connection, wanted, type, _begin(wanted, type)) for type in joined]
+    return min((position for position in firsts if position is not None), default=None)
+
+
+def _first_of(connection: Connection, subscribed: Subscribed, type: str, begin: int) -> int | None:
+    """The first event of a type that no lanes have held which is to be delivered."""
+    for position, _, slot, key in _scan(connection, begin, type):
+        if not subscribed.settled_before(position, type, slot, key):
+            return position
+    return None
 
 
 def _begin(subscribed: Subscribed, type: str) -> int:
@@ -225,24 +258,23 @@ def _first_above(
     lane_of = functools.partial(lane_name, known.order, known.concurrency)
     for position, type, slot, key in _scan(connection, begin):
         start = since_of(wanted.since, type)
-        if start is None or position <= start or wanted.settled_before(position, type, slot, key):
+        if not known.holds(type) or start is None or position <= start or wanted.settled_before(position, type, slot, key):
             continue
         state = states.get(lane_of(type, slot))
-        if not known.holds(type) or state is None or (position > state.checkpoint and position not in state.done):
+        if state is None or (position > state.checkpoint and position not in state.done):
             return position
     return None
 
 
-def _scan(connection: Connection, after: int, until: int | None = None, type: str | None = None) -> Iterator[_Place]:
+def _scan(connection: Connection, after: int, type: str | None = None) -> Iterator[_Place]:
     """Events in order, page by page."""
     only = "" if type is None else "INDEXED BY events_type WHERE type = :type AND"
     text = (
         "SELECT CAST(json_group_array(json_array(position, type, slot, key)) AS BLOB) FROM (SELECT position, type, slot, key "
-        f"FROM events {only or 'WHERE'} position > :after AND position <= :until ORDER BY position LIMIT {_SCAN})"
+        f"FROM events {only or 'WHERE'} position > :after ORDER BY position LIMIT {_SCAN})"
     )
     while True:
-        values = {"after": after, "until": LAST if until is None else until, "type": type}
-        page = sorted(one(connection, text, values, _HERE, "events"))
+        page = sorted(one(connection, text, {"after": after, "type": type}, _HERE, "events"))
         yield from page
         if len(page) < _SCAN:
             return

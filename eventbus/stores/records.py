@@ -7,7 +7,7 @@ store. Beside them stand the few rules that every store and the bus must share: 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import msgspec
@@ -111,6 +111,11 @@ def type_matches(pattern: str, type: str) -> bool:
     if pattern.endswith(".*"):
         return type.startswith(pattern[:-1])
     return pattern == type
+
+
+def covers(patterns: Collection[str], pattern: str) -> bool:
+    """Whether all types that a pattern means are meant by these."""
+    return pattern in patterns or any(each == "*" or (each.endswith(".*") and pattern.startswith(each[:-1])) for each in patterns)
 
 
 def since_of(since: Mapping[str, int], type: str) -> int | None:

@@ -7,17 +7,20 @@ from typing import Any
 from eventbus.stores.base import (
     Beat,
     Claim,
+    DeadLetterFilter,
+    Discard,
     Lanes,
     Prune,
     Register,
     Registration,
     Serves,
+    Stand,
     Store,
     Subscriptions,
     Waiting,
     WaitingRows,
 )
-from eventbus.testing._conformance_base import INSTANCE, NOW, OTHER, Shared, records
+from eventbus.testing._conformance_base import INSTANCE, NOW, OTHER, Shared, death, record, records
 
 
 class Generations(Shared):
@@ -114,6 +117,7 @@ class Generations(Shared):
         state = self.claim(store, lane="0")
         self.settle(store, self.unit(state, 1))
         self.register(store, order="key", concurrency=1)
+        state = self.claim(store, lane="0")
         self.append(store, records(1, "other", key="k"))
         self.settle(store, self.unit(state, 3))
         self.register(store, **both)
@@ -123,12 +127,66 @@ class Generations(Shared):
         self.run(store, Prune(NOW + 1, 0.0, 0, 100))
         assert [found.position for found in self.page(store).records] == [3]
 
+    def test_a_type_that_leaves_fences(self, store: Store) -> None:
+        """What is settled of it is noted when it leaves; who is late with an outcome is refused, or it would be settled twice."""
+        both: dict[str, Any] = {"types": ("order.created", "other"), "order": "log"}
+        state = self.with_lane(store, events=0, **both)
+        self.append(store, records(2, "other"))
+        self.settle(store, self.unit(state, 1))
+        self.register(store, order="log")
+        assert self.settle(store, self.unit(state, 2)).refused == {0: "fenced"}
+        self.register(store, **both)
+        assert self.lane(store).checkpoint == 1
+
+    def test_a_type_that_was_known_fences_its_own_lanes(self, store: Store) -> None:
+        """A type that comes back, of which there may be events, fences all lanes: who registers it may have passed them in
+        memory. One that nobody has known does not fence those of the instance that brings it."""
+        both = Registration("mailer", ("order.created", "other"), "log", 1)
+        state = self.with_lane(store, order="log", events=1)
+        self.run(store, Register((both,), INSTANCE.id))
+        assert not self.settle(store, self.unit(state, 1)).refused
+        self.register(store, order="log")
+        state = self.claim(store, lane="")
+        self.run(store, Register((both,), INSTANCE.id))
+        assert self.settle(store, self.unit(state, 1)).refused == {0: "fenced"}
+
+    def test_the_same_types_in_another_order(self, store: Store) -> None:
+        """Change nothing: two that declare them so do not go on telling each other."""
+        first = self.register(store, types=("a.*", "b.*"), order="log")
+        changes = store.read(Stand()).changes
+        assert self.register(store, types=("b.*", "a.*"), order="log") == first
+        assert store.read(Stand()).changes == changes
+
+    def test_another_order_with_another_type_while_it_is_served(self, store: Store) -> None:
+        """What waits for an order changes no types: those who serve it go on, and the type's events wait."""
+        self.register(store, order="log")
+        self.run(store, Beat(OTHER, serves={"mailer": Serves("log", 1, ("order.created",))}))
+        now = self.register(store, types=("order.created", "other"), order="none", concurrency=4)
+        assert (now.order, now.types, now.since["other"]) == ("log", ("order.created",), 0)
+        self.run(store, Beat(OTHER, leaving=True))
+        now = self.register(store, types=("order.created", "other"), order="none", concurrency=4)
+        assert (now.order, now.types) == ("none", ("order.created", "other"))
+
+    def test_a_pattern_in_place_of_a_name_while_a_key_is_parked(self, store: Store) -> None:
+        """A pattern that brings a type which was passed by has to wait for the key; what was held stays held."""
+        self.register(store, types=("order.created", "order.paid"), order="key", concurrency=1)
+        self.register(store, order="key", concurrency=1)
+        self.append(store, [record(key="k"), record("order.paid", key="l")])
+        state = self.claim(store, lane="0")
+        row = Waiting(1, "k", 0, NOW, "parked", NOW, "no")
+        self.settle(store, self.unit(state, 1, checkpoint=2, death=death(), rows=(row,)))
+        waiting = self.register(store, types=("order.*",), order="key", concurrency=1)
+        assert (waiting.types, waiting.holds("order.paid")) == (("order.created",), False)
+        self.run(store, Discard(DeadLetterFilter()))
+        assert self.register(store, types=("order.*",), order="key", concurrency=1).holds("order.paid")
+        assert self.lane(store).checkpoint == 1
+
     def test_a_type_that_left_is_kept_from_retention(self, store: Store) -> None:
         """Its events are kept until it comes back, or the subscription is removed."""
-        state = self.with_lane(store, types=("order.created", "other"), order="log", events=0)
+        self.register(store, types=("order.created", "other"), order="log")
         self.register(store, order="log")
         self.append(store, [*records(1, "other"), *records(1)])
-        self.settle(store, self.unit(state, 2))
+        self.settle(store, self.unit(self.claim(store, lane=""), 2))
         self.run(store, Prune(NOW + 1, 0.0, 0, 100))
         assert [found.position for found in self.page(store).records] == [1]
 

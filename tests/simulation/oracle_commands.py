@@ -38,7 +38,9 @@ from eventbus.stores.base import (
     Unsubscribe,
     Waiting,
     WaitingRow,
+    covers,
     since_of,
+    type_matches,
 )
 from tests.simulation.disk import Disk, Lane, Marked, Present, anew
 from tests.simulation.oracle_queries import position_before
@@ -113,37 +115,50 @@ def _update(scene: Scene, instance: str, known: Subscribed, wanted: Registration
     disk = scene.disk
     others = [each.member for id, each in disk.present.items() if id != instance]
     served = [member.serves[known.name] for member in others if known.name in member.serves]
+    shape = (known.order, known.concurrency)
+    is_served = any((each.order, each.concurrency) == shape for each in served)
+    is_other = (wanted.order, wanted.concurrency) != shape
+    dispatched = wanted.dispatched and not (is_other and is_served)
     kept = [t for t in known.types if t not in wanted.types and any(t in each.types for each in served)]
+    types = (*wanted.types, *kept) if dispatched else known.types
     now = msgspec.structs.replace(
         known,
-        types=(*wanted.types, *kept) if wanted.dispatched else known.types,
+        types=known.types if {*types} == {*known.types} else types,
         since={**dict.fromkeys(wanted.types, disk.head), **known.since},
         derived=tuple(sorted({*known.derived, *wanted.derived})),
     )
-    shape = (known.order, known.concurrency)
-    is_served = any((each.order, each.concurrency) == shape for each in served)
-    if wanted.dispatched and (wanted.order, wanted.concurrency) != shape and not is_served:
+    if dispatched and is_other:
         return _switch(disk, known, msgspec.structs.replace(now, order=wanted.order, concurrency=wanted.concurrency))
-    if known.order == "type":
-        return _without_floors(disk, now)
+    return _without_floors(disk, now if known.order == "type" else _change_types(disk, instance, known, now))
+
+
+def _change_types(disk: Disk, instance: str, known: Subscribed, now: Subscribed) -> Subscribed:
     held, holds = {*known.types, *known.derived}, {*now.types, *now.derived}
     if held - holds:
         now = msgspec.structs.replace(now, floors=(*now.floors, _floor(disk, known)))
     reached = max((max(lane.state.checkpoint, *lane.state.done, 0) for lane in disk.lanes_of(known.name)), default=0)
-    if any(
-        at <= reached and now.holds(event.type) and not known.holds(event.type) and disk.is_unsettled(_unheld(now), event)
-        for at, event in disk.log.items()
-    ):
-        if not any(row.waiting.state == "parked" for row in disk.rows_of(known.name)):
-            return _switch(disk, known, now)
-        types, derived = (tuple(each for each in some if each in held) for some in (now.types, now.derived))
-        now, holds = msgspec.structs.replace(now, types=types, derived=derived), {*types, *derived}
-    if holds - held:
+    joined = [event for event in disk.log.values() if now.holds(event.type) and not known.holds(event.type)]
+    late = {event.type for event in joined if event.position > _begins(now, event.type)} if holds - held else set()
+    passed = [event for event in joined if event.position <= reached and disk.is_unsettled(_unheld(now), event)]
+    if late and any(row.waiting.state == "parked" for row in disk.rows_of(known.name)):
+        waiting = {each for each in holds - held if any(type_matches(each, type) for type in late)}
+        types = [each for each in now.types if each not in waiting]
+        types += [each for each in known.types if each not in types and covers(waiting, each)]
+        derived = tuple(each for each in now.derived if each not in waiting)
+        now, holds = msgspec.structs.replace(now, types=tuple(types), derived=derived), {*types, *derived}
+    elif late and passed:
+        return _switch(disk, known, now)
+    if held != holds:
+        spared = instance if not held - holds and not (holds - held) & known.since.keys() else ""
         for lane in disk.lanes_of(known.name):
-            if lane.owner != instance:
+            if lane.owner != spared:
                 lane.state = msgspec.structs.replace(lane.state, epoch=lane.state.epoch + 1)
                 lane.owner = None
-    return _without_floors(disk, now)
+    return now
+
+
+def _begins(now: Subscribed, type: str) -> int:
+    return max(since_of(now.since, type) or 0, *(floor.below(type) for floor in now.floors), 0)
 
 
 def _unheld(subscribed: Subscribed) -> Subscribed:
@@ -171,7 +186,8 @@ def _switch(disk: Disk, known: Subscribed, now: Subscribed) -> Subscribed:
     if any(row.waiting.state == "parked" for row in rows):
         raise InvalidSubscription(f"keys of {known.name!r} are parked")
     before = msgspec.structs.replace(known, since=now.since, floors=now.floors)
-    unsettled = [event.position for event in disk.log.values() if disk.is_unsettled(before, event)]
+    held = [event for event in disk.log.values() if known.holds(event.type) or now.holds(event.type)]
+    unsettled = [event.position for event in held if disk.is_unsettled(before, event)]
     first = min([*unsettled, *(row.waiting.begins for row in rows)], default=None)
     now = msgspec.structs.replace(now, generation=disk.changes + 1, floors=(*now.floors, _floor(disk, known)))
     disk.forget(known.name)
