@@ -205,7 +205,7 @@ class SQLiteStore:
             return
         try:
             # Without the turn, a WAL checkpoint could meet with another's write; then the last one to close makes it.
-            with contextlib.suppress(StoreBusy), self._turn(self._busy):
+            with contextlib.suppress(StoreBusy), contextlib.nullcontext() if writer is None else self._turn(self._busy):
                 if writer is not None and not self._memory and not self._suspect and self._identity is not None:
                     with contextlib.suppress(sqlite3.Error, StoreLost):
                         self._identity.check()  # or it would carry a WAL over into somebody else's file
