@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +22,7 @@ from typing import TypeVar
 import attrs
 
 from tests.campaign import Case
-from tests.crash.checks import Line, Snapshot, wrong_in_run, wrong_in_the_end
+from tests.crash.checks import Late, Line, Snapshot, wrong_in_run, wrong_in_the_end
 from tests.crash.nursery import Child, Nursery, Task
 
 KILLS = 13
@@ -45,6 +45,7 @@ class Round:
     lines: list[list[str]] = attrs.field(factory=list)
     starts: dict[str, int] = attrs.field(factory=lambda: defaultdict(int))
     working: dict[int, Child] = attrs.field(factory=dict)
+    late: dict[Late, int] = attrs.field(factory=Counter)
     _runs: Iterator[int] = attrs.field(factory=itertools.count)
     _before: Snapshot | None = None
 
@@ -117,7 +118,7 @@ class Round:
             self.fault(f"the last run ended with {code} and said {said}: {self.errors()}")
         self.found(wrong_in_run(self._before, fresh))
         if code == 0:
-            self.found(wrong_in_the_end(self.database, self.lines))
+            self.found(wrong_in_the_end(self.database, self.lines, self.late))
 
     def errors(self) -> str:
         return (self.folder / "errors").read_text()[-3000:]

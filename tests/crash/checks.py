@@ -9,7 +9,7 @@ import contextlib
 import json
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -34,6 +34,8 @@ COUNTED = tuple(set(TYPES) - {"doomed"})
 """Subscriptions whose attempts go on being counted: none of their deliveries is redriven, replayed or rewound."""
 
 Line = Sequence[str]
+Late = tuple[int, str]
+"""A process and a subscription."""
 Event = tuple[int, str, str, str | None, str | None, str]
 """Position, id, type, key, headers, data."""
 
@@ -86,8 +88,13 @@ def _wrong_first(before: Snapshot, begin: Begin, *, next_of_lane: bool) -> Itera
 # ------------------------------------------------------------------ the end
 
 
-def wrong_in_the_end(database: Path, lines: Sequence[Line]) -> Iterator[str]:
-    """After everything was drained: nothing is lost, nothing waits, all was settled, once and in order."""
+def wrong_in_the_end(database: Path, lines: Sequence[Line], late: Mapping[Late, int]) -> Iterator[str]:
+    """After everything was drained: nothing is lost, nothing waits, all was settled, once and in order.
+
+    Args:
+        late: how many events a process may have begun for a subscription although they were settled: it was stopped as it was about
+            to.
+    """
     with contextlib.closing(sqlite3.connect(database)) as connection:
         events = connection.execute("SELECT position, id, type, key, headers, data FROM events ORDER BY position").fetchall()
         dead = {(s, e) for s, e in connection.execute("SELECT subscription, event_id FROM dead_letters")}
@@ -101,7 +108,7 @@ def wrong_in_the_end(database: Path, lines: Sequence[Line]) -> Iterator[str]:
     yield from _wrong_chains(events)
     yield from _wrong_settled(events, dead, lines)
     yield from _wrong_order(dead, lines)
-    yield from _wrong_committed(lines)
+    yield from _wrong_committed(lines, late)
 
 
 def _wrong_in_log(events: Sequence[Event], lines: Sequence[Line]) -> Iterator[str]:
@@ -187,12 +194,15 @@ def _wrong_order(dead: set[tuple[str, str]], lines: Sequence[Line]) -> Iterator[
         opened[lane].add(begin.event)
 
 
-def _wrong_committed(lines: Sequence[Line]) -> Iterator[str]:
+def _wrong_committed(lines: Sequence[Line], late: Mapping[Late, int]) -> Iterator[str]:
     """What `handled` has said to be settled was not delivered again, in any later run either."""
     committed: set[str] = set()
+    left = Counter(late)
     for line in lines:
         if line[0] == "C":
             committed.add(line[1])
+        elif line[0] == "B" and line[1] in committed and left[int(line[-1]), line[2]]:
+            left[int(line[-1]), line[2]] -= 1
         elif line[0] == "B" and line[1] in committed:
             yield f"delivered after `handled` had returned: {line}"
 

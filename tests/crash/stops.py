@@ -41,6 +41,8 @@ def stop_some(company: Company, chance: random.Random) -> None:
     company.look()
     company.excused.update({who: dict(UNDER_WAY) for who in stopped})
     for who in stopped:
+        for subscription, count in UNDER_WAY.items():
+            company.late[who, subscription] += count
         os.kill(company.working[who].pid, signal.SIGCONT)
     time.sleep(chance.random() * 0.2)
     company.look_for_ended()
