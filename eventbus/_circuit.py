@@ -100,6 +100,7 @@ class Circuit:
         self._breaker = breaker
         self._environment = environment
         self._run: dict[int, _Entry | None] = {}  # by position; None: what it left behind is not to be taken back
+        self._replayed: set[int] = set()  # positions whose replays failed: they count, and leave behind nothing to be taken back
         self._openings = 0  # how often it has opened or closed: who waits for something sees whether it is the same still
         self._since = 0.0
         self._failed = 0  # tries since it opened
@@ -111,7 +112,8 @@ class Circuit:
     def failed(self, attempt: Attempt, outcome: Failed) -> Verdict | float:
         """An attempt has failed."""
         if self._says_of_event(outcome):
-            self.forget(attempt.lane, attempt.record)
+            if not attempt.replaying:  # which settles nothing
+                self.forget(attempt.lane, attempt.record)
             self.released(attempt)
             return Verdict.COUNTS
         if self.is_open:
@@ -119,9 +121,12 @@ class Circuit:
         if attempt.source.beside and not attempt.replaying:
             return Verdict.COUNTS  # a redrive: what fails again is a dead letter as before
         self.troubled = True
-        entry = None if attempt.replaying else _Entry(attempt.lane, attempt.record.key, attempt.number - 1, attempt.epoch)
-        self._run.setdefault(attempt.record.position, entry)
-        if len(self._run) < self._breaker.failures:
+        if attempt.replaying:
+            self._replayed.add(attempt.record.position)
+        else:
+            entry = _Entry(attempt.lane, attempt.record.key, attempt.number - 1, attempt.epoch)
+            self._run.setdefault(attempt.record.position, entry)
+        if self._different() < self._breaker.failures:
             return Verdict.COUNTS
         self._open(outcome.error)
         return Verdict.NOTHING
@@ -130,12 +135,17 @@ class Circuit:
         """Whether a failure is no sign of a bad world."""
         return outcome.final or isinstance(outcome.error, (Reject, RetryAfter, *self._owner.options.retry.give_up_on))
 
+    def _different(self) -> int:
+        """How many events have failed one after the other."""
+        return len(self._run.keys() | self._replayed)
+
     def succeeded(self) -> None:
         """An attempt has succeeded: the world is good."""
         if self.state is State.SETTING_BACK:
             return  # too late for this one; the first try will show it
         self.troubled = False
         self._run.clear()
+        self._replayed.clear()
         self.close()
 
     def forget(self, lane: Lane, record: Record | None = None) -> None:
@@ -156,7 +166,7 @@ class Circuit:
 
     def _open(self, error: BaseException) -> None:
         environment = self._environment
-        self.reason = f"{len(self._run)} different events failed one after the other, the last with {summary_of(error)}"
+        self.reason = f"{self._different()} different events failed one after the other, the last with {summary_of(error)}"
         self.state, self.is_open = State.OPENING, True
         self._since = environment.clock.monotonic()
         self._openings += 1
@@ -195,6 +205,7 @@ class Circuit:
 
         def take_back(_none: Sequence[LaneState]) -> None:
             run, self._run = sorted(self._run.items()), {}
+            self._replayed.clear()
             left = [(position, entry) for position, entry in run if entry is not None]
             revived = [Revived(each.lane.name, each.epoch, position, each.key, each.attempts) for position, each in left]
             self._submit(revived, lambda states: set_back({each.lane for _, each in left}, states))
@@ -264,7 +275,7 @@ class Circuit:
             return Verdict.GIVES_UP
         self._try = None
         self._wait()
-        in_turn = self._order in ("key", "none") and not attempt.source.beside
+        in_turn = self._order in ("key", "none") and (attempt.replaying or not attempt.source.beside)
         return 2 * delay_of(self._breaker, self._failed) if in_turn else Verdict.NOTHING
 
     def released(self, attempt: Attempt) -> None:

@@ -190,8 +190,10 @@ class Membership:
         """Sign off; the lanes are free. No step is taken any more."""
         self._leaving = True
         self._tell_waiters()
-        await self._at_rest.wait_decided()
-        await self._journal.command(Beat(self._instance, leaving=True))
+        try:
+            await self._at_rest.wait_decided()
+        finally:  # also if this task was cancelled meanwhile: or the others would take this instance for dead
+            await self._journal.command(Beat(self._instance, leaving=True))
 
     def is_alone(self) -> bool:
         """Whether there is no other instance."""

@@ -227,7 +227,7 @@ class Running:
                     scope.cancel()
 
     async def _circuits_at_rest(self) -> None:
-        for serving in self.dispatcher.servings.values():
+        for serving in list(self.dispatcher.servings.values()):
             if serving.circuit is not None:
                 serving.circuit.hurry()
                 await serving.circuit.at_rest.wait()

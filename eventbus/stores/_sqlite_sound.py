@@ -34,7 +34,8 @@ def unsound(connection: sqlite3.Connection) -> str | None:
     Raises:
         StoreCorrupt: what is asked cannot be read. sqlite3.Error: so, too.
     """
-    there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    tables = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'")
+    there = {name for name, sql in tables if str(sql).startswith(f"CREATE TABLE {name} (")}  # sqlite_sequence goes by that name
     missing = sorted(set(OURS) - there)
     if missing:
         return f"the file is damaged: the table {missing[0]} is gone; restore a copy of the file"

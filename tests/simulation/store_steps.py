@@ -226,7 +226,7 @@ class History:
         if chance.random() < 0.2:
             options |= {"attempt": 2, "due_at": self._now + 1, "first_failed_at": self._now, "error": "E: no"}
         if chance.random() < 0.25:
-            key = chance.choice(KEYS)
+            key = disk.log[position].key if position in disk.log else chance.choice(KEYS)  # as the event at which the row begins
             options["rows"] = (
                 Waiting(max(1, position), key, chance.randint(0, 3), self._now + 2, first_failed_at=self._now, error="E"),
             )
