@@ -85,10 +85,12 @@ class SideSource:
         return dropped
 
     def take(self) -> Attempt | None:
-        """The next item: one that is due again, or the next in order."""
-        monotonic = self._lane.environment.clock.monotonic
+        """The next item: one that is due again, or the next in order. While the circuit is open, the latter first: what always
+        fails must not keep it open."""
+        monotonic, circuit = self._lane.environment.clock.monotonic, self._lane.holder.circuit
+        is_open = circuit is not None and circuit.is_open
         while True:
-            if self._waiting and self._waiting[0][0] <= monotonic():
+            if self._waiting and self._waiting[0][0] <= monotonic() and not (is_open and self._items):
                 item = heapq.heappop(self._waiting)[2]
             elif self._items:
                 item = self._items.popleft()

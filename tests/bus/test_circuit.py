@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -374,3 +375,43 @@ async def test_a_try_too_many_is_the_last_one(any_db: str, on_exhausted: str) ->
             assert left == {}
             assert {letter.attempts for letter in await works.bus.dead_letters.list()} == {4}
             assert await works.dead() == [0, 1]
+
+
+@pytest.mark.parametrize("order", ["type", "key", "none"])
+async def test_a_replay_that_fails_beside_live_events(tmp_path: Path, order: str) -> None:
+    """What a replay leaves behind in an outage does not stand for the live failure of the same event: that is taken back."""
+    async with EventBus(path := str(tmp_path / "a.db")) as bus:
+        await bus.publish_many([Task(n) for n in range(1, 9)])
+    one = {} if order == "type" else {"concurrency": 1}
+    works = Works(path, order=order, start="beginning", breaker=Breaker(failures=6, first=0.01, factor=1.0), **one)
+    works.does[1] = first = anyio.Event()
+    works.fails(*range(2, 9))
+    async with works.bus as bus:
+        await works.begun.wait_for(1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: bus.replay(to="s", after=1, until=4, exclusive=True))
+            await until(lambda: running(bus).replays)
+            first.set()
+        await works.opened()
+        works.does.clear()
+        assert await bus.drain(timeout=10) == {}
+        assert set(works.done.seen) >= set(range(1, 9))
+        assert set(await works.dead()) <= {2, 3, 4}  # of the replay, at most
+
+
+async def test_a_replay_goes_on_behind_what_always_fails(tmp_path: Path) -> None:
+    """Events that always fail keep a circuit from closing for a replay as little as for live events."""
+    works = Works(
+        str(tmp_path / "a.db"), order="none", breaker=Breaker(first=0.01, cap=0.05), retry=RetryPolicy(attempts=3, first=0.01)
+    )
+    async with works.bus as bus:
+        await bus.publish_many([Task(n) for n in range(100)])
+        assert await bus.drain(timeout=10) == {}
+        works.done.seen.clear()
+        works.fails(*range(20))
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: bus.replay(to="s"))
+            with anyio.fail_after(10):
+                while not set(works.done.seen) >= set(range(20, 100)):
+                    await anyio.sleep(0.005)
+            group.cancel_scope.cancel()

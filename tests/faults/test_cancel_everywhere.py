@@ -8,6 +8,7 @@ After each: what was acknowledged is handled, nothing is left over, and the bus 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -23,6 +24,7 @@ from eventbus import BusNotOpen, EventBus, Reject
 from eventbus._loop import Waiter
 from eventbus._membership import Membership
 from eventbus._running import Running
+from eventbus.stores.base import Stand
 from tests.bus.support import GatedStore, Recorder, threads_of_the_bus
 
 MOST = 200
@@ -401,6 +403,29 @@ async def test_the_task_that_leaves(db: str, monkeypatch: pytest.MonkeyPatch) ->
     assert nth > 3
     monkeypatch.undo()
     await shop.assert_whole(acknowledged)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_task_that_leaves_beside_another(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio: wherever it is cancelled it signs off, so that the others do not take this instance for dead."""
+    shop, stop, other = Shop(db), Running._stop, EventBus(db)
+    async with other:
+        for nth in range(1, MOST):
+            stepped = Stepped(nth, lambda: current_task().cancel())
+
+            async def stop_and_be_cancelled(running: Running, timeout: float, stepped: Stepped = stepped) -> None:
+                await stepped.run(stop(running, timeout))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Running, "_stop", stop_and_be_cancelled)
+                with contextlib.suppress(asyncio.CancelledError):
+                    async with shop.bus() as bus:
+                        await bus.publish(Placed(nth))
+            standing = await other._open().reader.ask(Stand())
+            assert [member.instance.id for member in standing.members] == [other._open().instance.id], nth
+            if not stepped.hit:
+                break
+        assert nth > 3
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
