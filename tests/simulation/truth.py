@@ -92,6 +92,8 @@ class Truth:
         for index, unit in enumerate(batch.units):
             end = committed.refused.get(index, "settled" if unit.death is None else "dead")
             self.note(f"  {unit.subscription}/{unit.lane} {unit.source} {unit.position} → {unit.checkpoint} {end}")
+            if end == "fenced":
+                self.forget_order(unit.subscription)  # it began in a lane that was another's already, or began anew
         for command, result in zip(batch.commands, committed.results, strict=True):
             self.note(f"  {type(command).__name__}")
             if isinstance(command, Register) and isinstance(result, tuple):
