@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,12 +25,11 @@ from eventbus.stores.base import (
     Lanes,
     LaneState,
     Record,
-    Serves,
     Subscribed,
     WaitingRows,
+    covers,
     lane_name,
     since_of,
-    type_matches,
 )
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ class Elsewhere:
         served = [m.serves[name] for m in self._membership.standing.members if name in m.serves]
         if not served and serving is None:
             return self._dispatcher.others.get(name, (stored, "no handler"))[1]
-        is_served = not served or record.type in stored.derived or _is_served(record.type, served)
+        is_served = not served or record.type in stored.derived or any(covers(each.types, record.type) for each in served)
         if not stored.holds(record.type) or not is_served:
             return f"no instance serves {record.type!r} for it"
         lane = _lane_of(stored, record)
@@ -237,10 +236,6 @@ def _is_callers(subscription: str, lane: str) -> bool:
     if attempt is None or attempt.over or not attempt.lane.moved:
         return False
     return (attempt.lane.holder.options.name, attempt.lane.name) == (subscription, lane)
-
-
-def _is_served(type: str, served: Iterable[Serves]) -> bool:
-    return any(type_matches(pattern, type) for serves in served for pattern in serves.types)
 
 
 def _lane_of(stored: Subscribed, record: Record) -> str:

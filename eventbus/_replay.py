@@ -20,7 +20,7 @@ from eventbus._model import Envelope, ReplaySummary
 from eventbus._side import Item, SideSource
 from eventbus._typing import Point, Progress
 from eventbus.errors import BusNotOpen, ConfigurationError, LaneLost, RangeNotRetained, UnknownSubscription
-from eventbus.stores.base import LARGEST, Events, LogState, Page, PositionBefore, Record, Retained, type_matches
+from eventbus.stores.base import LARGEST, Events, LogState, Page, PositionBefore, Record, Retained, covers
 
 if TYPE_CHECKING:
     from eventbus._declared import Declared
@@ -161,7 +161,7 @@ class Envelopes:
 
 def matches(patterns: Sequence[str], type: str) -> bool:
     """Whether a type is meant by any of the patterns; without any, it is."""
-    return not patterns or any(type_matches(pattern, type) for pattern in patterns)
+    return not patterns or covers(patterns, type)
 
 
 def exact(patterns: Sequence[str]) -> tuple[str, ...] | None:

@@ -38,7 +38,6 @@ from eventbus.stores.base import (
     lane_name,
     since_of,
     slots_of,
-    type_matches,
 )
 
 if TYPE_CHECKING:
@@ -99,9 +98,8 @@ class Serving:
         waits at them.
         """
         held = stored.since if stored.order == "type" else (*stored.types, *stored.derived)
-        own = (
-            self.registration.types
-        )  # some of which may be about to join, or wait: then what they mean of what is held is served
+        # Of its own some may be about to join, or wait; then what they mean of what is held is served.
+        own = self.registration.types
         declared = dict.fromkeys([t for t in own if t in held] + [t for t in stored.types if covers(own, t)])
         return (*declared, *(t for t in stored.derived if t not in declared and self._may_be_derived(t)))
 
@@ -111,7 +109,7 @@ class Serving:
 
     def wants(self, type: str) -> bool:
         """Whether events of this type are for it."""
-        return any(type_matches(pattern, type) for pattern in self.types)
+        return covers(self.types, type)
 
     def exact_types(self) -> tuple[str, ...] | None:
         """The types to read from the log; None: all, and choose among them."""
@@ -269,8 +267,8 @@ class Serving:
 
     def lane_for_redrive(self, record: Record) -> Lane | None:
         """The lane that a dead letter is redriven in: also where its type has to wait, until its own key is free, to be held."""
-        wanted = any(type_matches(pattern, record.type) for pattern in (*self.types, *self.registration.types))
-        return self._lane_that_holds(record) if wanted else None
+        wanted = (*self.types, *self.registration.types)
+        return self._lane_that_holds(record) if covers(wanted, record.type) else None
 
     def _lane_that_holds(self, record: Record) -> Lane | None:
         return self.lanes.get(lane_name(self.options.order, self.options.concurrency, record.type, record.slot))
@@ -470,7 +468,7 @@ def lanes_wanted(
     """Names and starts of a subscription's lanes, given the types that are in the log."""
     if order == "type":
         exact = [t for t in types if not t.endswith("*")]
-        exact += [t for t in known if t not in exact and any(type_matches(pattern, t) for pattern in types)]
+        exact += [t for t in known if t not in exact and covers(types, t)]
         return [(t, since_of(since, t) or 0) for t in exact]
     start = min((since[t] for t in types), default=0)
     return [(str(n) if order == "key" else ONE_LANE, start) for n in range(concurrency if order == "key" else 1)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from eventbus.stores.base import Member, Serves, Standing, Subscribed, covers, type_matches
+from eventbus.stores.base import Member, Serves, Standing, Subscribed, covers
 
 LaneKey = tuple[str, str]
 
@@ -62,7 +62,7 @@ def fits(serves: Serves, subscribed: Subscribed) -> bool:
 def _can(serves: Serves, lane: str) -> bool:
     if lane in serves.cannot:
         return False
-    return serves.order != "type" or any(type_matches(pattern, lane) for pattern in serves.types)
+    return serves.order != "type" or covers(serves.types, lane)
 
 
 def _share_one(

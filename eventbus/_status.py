@@ -26,10 +26,10 @@ from eventbus.stores.base import (
     Subscriptions,
     WaitingRow,
     WaitingRows,
+    covers,
     lane_name,
     since_of,
     slots_of,
-    type_matches,
 )
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def types_of(stored: Subscribed, known: Collection[str]) -> tuple[str, ...] | No
     if "*" in stored.types:
         return None
     exact = [t for t in stored.since if not t.endswith("*")]
-    return tuple({*exact, *(t for t in known if any(type_matches(p, t) for p in stored.since))})
+    return tuple({*exact, *(t for t in known if covers(stored.since, t))})
 
 
 def lag_of(stored: Subscribed, lane: LaneState, known: Collection[str], until: int | None = None) -> Lag:

@@ -12,7 +12,7 @@ from typing import Generic
 import msgspec
 from typing_extensions import TypeVar
 
-from eventbus.stores.records import Floor, LaneState, Order, since_of, type_matches
+from eventbus.stores.records import Floor, LaneState, Order, covers, since_of
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -84,7 +84,7 @@ class Subscribed(msgspec.Struct, frozen=True):
     def holds(self, type: str) -> bool:
         """Whether a lane that has passed an event of this type has settled it. Where lanes hold several types they pass by those
         that no instance serves, or served when it was passed: these are unsettled, if they are not too old (`since`)."""
-        return self.order == "type" or any(type_matches(pattern, type) for pattern in (*self.types, *self.derived))
+        return self.order == "type" or covers((*self.types, *self.derived), type)
 
     def settled_before(self, position: int, type: str, slot: int, key: str | None) -> bool:
         """Whether an event was settled by lanes of earlier: before the order, or the types that they hold, were others."""

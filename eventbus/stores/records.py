@@ -7,7 +7,7 @@ store. Beside them stand the few rules that every store and the bus must share: 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -113,9 +113,9 @@ def type_matches(pattern: str, type: str) -> bool:
     return pattern == type
 
 
-def covers(patterns: Collection[str], pattern: str) -> bool:
-    """Whether all types that a pattern means are meant by these."""
-    return pattern in patterns or any(each == "*" or (each.endswith(".*") and pattern.startswith(each[:-1])) for each in patterns)
+def covers(patterns: Iterable[str], pattern: str) -> bool:
+    """Whether a type, or all types that a pattern means, are meant by these."""
+    return any(type_matches(each, pattern) for each in patterns)
 
 
 def since_of(since: Mapping[str, int], type: str) -> int | None:
@@ -264,7 +264,7 @@ class Floor(msgspec.Struct, frozen=True):
 
     def settles(self, position: int, type: str, slot: int, key: str | None) -> bool:
         """Whether an event was settled."""
-        if not any(type_matches(pattern, type) for pattern in self.types):
+        if not covers(self.types, type):
             return False
         checkpoint, done = self.lanes.get(lane_name(self.order, self.concurrency, type, slot), (0, ()))
         if position > checkpoint and position not in done:
@@ -273,7 +273,7 @@ class Floor(msgspec.Struct, frozen=True):
 
     def below(self, type: str) -> int:
         """All events of a type up to here were settled."""
-        if not any(type_matches(pattern, type) for pattern in self.types):
+        if not covers(self.types, type):
             return 0
         lanes = [self.lanes.get(type, (0, ()))] if self.order == "type" else [*self.lanes.values()]
         if self.order == "key" and len(lanes) < self.concurrency:

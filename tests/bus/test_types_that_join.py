@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
 import attrs
 import pytest
 
 from eventbus import DeliveryStatus, EventBus, HandlingFailed, event
-from tests.bus.shops import Paid, Placed, Shop
+from tests.bus.shops import Paid, Placed, Shop, running
+from tests.bus.support import until
 
 ORDERS = pytest.mark.parametrize("order", ["type", "log", "key", "none"])
 LEASE = 1.0
@@ -27,15 +25,6 @@ async def state_of(shop: Shop) -> tuple[str, int]:
     """As its stats say: the state, and the lag."""
     stats = (await shop.bus.stats()).subscriptions["stock"]
     return stats.state, stats.lag
-
-
-@contextlib.asynccontextmanager
-async def until(condition: Any) -> AsyncIterator[None]:
-    """After the block, wait until something is so."""
-    yield
-    with anyio.fail_after(10):
-        while not await condition():
-            await anyio.sleep(0.005)
 
 
 @ORDERS
@@ -126,15 +115,11 @@ async def test_a_subscription_that_was_removed_elsewhere(tmp_path: Path) -> None
     base, sub = base_and("removed")
     one, other = shop_of(tmp_path / "a.db", base, order="log"), EventBus(tmp_path / "a.db")
     async with one.bus, other:
-        async with until(lambda: _is_gone(one.bus)):
-            await other.unsubscribe("stock")
+        await other.unsubscribe("stock")
+        await until(lambda: not running(one).dispatcher.servings)
         await one.bus.publish(sub(1))
         await one.bus.publish(base(2))
         assert await other.subscriptions() == []
-
-
-async def _is_gone(bus: EventBus) -> bool:
-    return not bus._open().dispatcher.servings
 
 
 @event("join.versioned", version=1)
@@ -155,21 +140,16 @@ async def test_a_lane_that_could_not_be_run(tmp_path: Path) -> None:
     old, new = shop_of(tmp_path / "a.db", First, order="log"), shop_of(tmp_path / "a.db", Second, order="log")
     publisher = EventBus(tmp_path / "a.db")
     async with old.bus as bus:
-        async with until(lambda: _is(old, "blocked")), publisher:
+        async with publisher:
             await publisher.publish(Second(0))
+        await until(lambda: any(lane.blocked for lane in running(old).dispatcher.lanes()))
+        assert (await state_of(old))[0] == "blocked"
         await bus.publish(First(1))
         assert sum((await bus.drain(timeout=10)).values()) == 2
-        async with until(lambda: _has_a_lane(old)), new.bus:
+        async with new.bus:
             await (await new.bus.publish(Second(2))).handled(timeout=10)
-            assert await _has_a_lane(new)
+            assert new.lanes
+        await until(lambda: old.lanes)
         await (await bus.publish(First(3))).handled(timeout=10)
         assert await state_of(old) == ("running", 0)
     assert (new.seen.seen, old.seen.seen) == ([0, 1, 2], [3])
-
-
-async def _is(shop: Shop, state: str) -> bool:
-    return (await state_of(shop))[0] == state
-
-
-async def _has_a_lane(shop: Shop) -> bool:
-    return bool(shop.lanes)
