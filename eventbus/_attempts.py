@@ -88,22 +88,26 @@ class Suspended(msgspec.Struct, frozen=True, eq=False):
 def run_async(attempt: Attempt, base: Context) -> Outcome | Suspended:
     """Run an async handler until it first waits for something, or to its end. Most never wait."""
     context = base.copy()
+    return context.run(_run_to_first_wait, attempt, context)
+
+
+def _run_to_first_wait(attempt: Attempt, context: Context) -> Outcome | Suspended:
     try:
-        return context.run(_run_to_first_wait, attempt, context)
+        coroutine = _begin(attempt)
+        if type(coroutine) is not _Coroutine:
+            coroutine = _coroutine_of(coroutine)
+        try:
+            yielded = coroutine.send(None)
+        except StopIteration as stop:
+            result = stop.value
+        else:
+            return Suspended(attempt, context, coroutine, yielded)
+        return ACKED if result is None and attempt.outbox is None else _end(attempt, result)
     except BaseException as error:  # noqa: BLE001  # an outcome, whatever it is
         return failed(attempt, error)
 
 
-def _run_to_first_wait(attempt: Attempt, context: Context) -> Outcome | Suspended:
-    awaitable = _begin(attempt)
-    coroutine = awaitable if isinstance(awaitable, types.CoroutineType) else _coroutine_of(awaitable)
-    try:
-        yielded = coroutine.send(None)
-    except StopIteration as stop:
-        result = stop.value
-    else:
-        return Suspended(attempt, context, coroutine, yielded)
-    return _end(attempt, result)
+_Coroutine = types.CoroutineType
 
 
 def _coroutine_of(awaitable: object) -> Coroutine[Any, Any, object]:

@@ -23,7 +23,8 @@ from eventbus.hooks import CircuitClosed, CircuitOpened
 from eventbus.stores.base import LaneState, Record, Revive, Revived
 
 if TYPE_CHECKING:
-    from eventbus._lanes import Environment, Lane
+    from eventbus._environment import Environment
+    from eventbus._lanes import Lane
     from eventbus._subscription import Subscription
 
 _log = logging.getLogger("eventbus")

@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from eventbus._environment import Environment
 from eventbus._intake import Budget, Feed, runs_by_type
-from eventbus._lanes import Environment, Lane
+from eventbus._lanes import Lane
 from eventbus._probation import Probation
 from eventbus._serving import ONE_LANE, Serving
 from eventbus.errors import BusNotOpen, EventBusError

@@ -11,27 +11,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from eventbus._circuit import Circuit, State, Verdict
-from eventbus._outcomes import Acked, Attempt, Failed, Failure, Outcome, Undeliverable, summary_of
+from eventbus._circuit import State, Verdict
+from eventbus._outcomes import ACKED, Acked, Attempt, Failed, Failure, Outcome, Undeliverable, summary_of
 from eventbus._retry import next_delay
 from eventbus._sources import LogSource, Recallable, Source
 from eventbus.errors import Reject
-from eventbus.hooks import AttemptFailed, LaneBlocked, Moment
+from eventbus.hooks import AttemptFailed, LaneBlocked
 from eventbus.stores.base import LaneState, Record, Refusal, Unit
 from eventbus.stores.base import Source as SourceName
 
 if TYPE_CHECKING:
-    from eventbus._clock import Clock
-    from eventbus._journal import Journal
-    from eventbus._loop import Loop, Waiter
-    from eventbus._probation import Probation, Solo
-    from eventbus._reader import Reader
-    from eventbus._subscription import Subscription
-    from eventbus._timers import Timers
+    from eventbus._environment import Environment, Holder
+    from eventbus._loop import Waiter
+    from eventbus._probation import Probation
 
 _log = logging.getLogger("eventbus")
 
@@ -39,88 +35,10 @@ AHEAD = 2_000
 """Deliveries that a lane may have settled ahead of what is stored."""
 RIDE = 1_200
 """… with which they go with the next transaction, whatever it is. A transaction of their own costs three times as much."""
+TOGETHER = 500
+"""Events that are published with one unit, beside what a single handler publishes: what one statement writes."""
 HURRY = 1_600
 """… with which they go at once, to be stored before the lane has to stop."""
-
-
-class Holder(Protocol):
-    """The subscription that a lane belongs to.
-
-    Attributes:
-        paused: the reason, or None. circuit: its breaker's, or None.
-        rewinding: above 0 while its lanes are being set back, so that their units may be refused.
-        exclusive: the replay that holds everything else back, or None.
-        stuck: threads that have outlived their timeout. workers: how many serve it. delayed: lanes that wait for one of them.
-        handled, failed: attempts that have ended so.
-    """
-
-    options: Subscription
-    paused: str | None
-    circuit: Circuit | None
-    rewinding: int
-    exclusive: object
-    stuck: int
-    workers: int
-    delayed: list[Lane]
-    handled: int
-    failed: int
-
-    def pause(self, reason: str) -> None:
-        """Stop giving out deliveries; the lane has stored the reason."""
-
-    def pause_refused(self, reason: str) -> None:
-        """This pause was not stored, for the outcome that it belongs to was left out."""
-
-    def redriven(self, letter: int, due_at: float | None) -> None:
-        """The store knows what became of a redriven dead letter: `due_at` if it is to be tried again."""
-
-    def hindered(self) -> None:
-        """A lane gives nothing out for now."""
-
-    def call(self, attempt: Attempt) -> object:
-        """Call the handler with what it takes. From any thread.
-
-        Raises:
-            UnknownEventType, UndecodableEvent: the event cannot be decoded.
-            BaseException: whatever the handler raises.
-        """
-
-    def published(self, attempt: Attempt, result: object) -> Sequence[Record]:
-        """What the attempt publishes: its outbox, and the events that the handler returned. From any thread."""
-
-
-class Environment(msgspec.Struct, eq=False):
-    """What lanes are given of the world, and have in common.
-
-    Attributes:
-        halted: outcomes cannot be written for now, or never again: start no further attempt.
-        instance: id of this one. lease_clock: the store's; see `Store.monotonic`. deadline: the end of this instance's lease by
-            it: from then on the lanes may be another's.
-        committed: told of all events that enter the log. solo: which lane must be alone; see `_probation`.
-    """
-
-    clock: Clock
-    timers: Timers
-    loop: Loop
-    journal: Journal
-    reader: Reader
-    random: Callable[[], float]
-    schedule: Callable[[Lane], object]
-    notify: Callable[[Moment], object]
-    lease_clock: Callable[[], float]
-    instance: str
-    committed: list[Callable[[Sequence[Record]], object]] = []
-    scheduled: Callable[[float], object] = lambda _due_at: None
-    fenced: Callable[[Lane], object] = lambda lane: lane.move()
-    halted: bool = False
-    deadline: float = math.inf
-    solo: Solo | None = None
-
-    async def sleep(self, seconds: float) -> None:
-        """Sleep by the clock that was given."""
-        waiter = self.loop.waiter()
-        self.timers.after(seconds, waiter.set)
-        await waiter.wait()
 
 
 MOVED = "another instance has its lane now"
@@ -155,6 +73,8 @@ class Lane:
         self._ridden = 0  # … for which the journal was asked to let them ride
         self._dirty = False
         self._newest = 0  # position of the delivery that was settled last
+        self._undisturbed = False  # when the last attempt was taken, nothing was unusual
+        self._published: list[Record] = []  # by deliveries that are settled and not sent yet, to be committed with their acks
         self._stored = state.checkpoint
         self.crossings: list[Recallable] = []
         self.probation: Probation | None = None
@@ -183,15 +103,44 @@ class Lane:
         circuit = self.holder.circuit
         if circuit is not None and circuit.is_open and circuit.state is not State.READY:
             return None
-        sources = self.sources
-        alone = len(sources) == 1 and self.holder.exclusive is None
-        attempt = sources[0].take() if alone else self._take_turns()
+        self._undisturbed = not marked and self._is_undisturbed()
+        attempt = self.log.take() if self._undisturbed else self._take_turns()
         if attempt is not None:
             attempt.epoch = self.epoch
             self.running += 1
             if circuit is not None and circuit.is_open:
                 circuit.gives(attempt)
         return attempt
+
+    def go_on(self, attempt: Attempt) -> Attempt | None:
+        """`settle` an attempt that was acked without having waited, and `take` the next one.
+
+        Most attempts are such, and nothing but their handler has run since they were given out. If nothing was unusual then, all
+        that can hold the lane up now is the end of the lease, and how far it is ahead.
+        """
+        if not self._undisturbed:
+            self.settle(attempt, ACKED)
+            return self.take()
+        attempt.over = True
+        self.holder.handled += 1
+        environment = self.environment
+        if self._serial - self._confirmed >= AHEAD - 1 or environment.lease_clock() >= environment.deadline:
+            self.running -= 1
+            self.log.acked(attempt, ())
+            return None
+        following = self.log.go_on(attempt)
+        if following is None:
+            self.running -= 1
+        else:
+            following.epoch = self.epoch
+        return following
+
+    def _is_undisturbed(self) -> bool:
+        """Whether there is nothing but first attempts from the log, and nothing has failed of late."""
+        holder, solo = self.holder, self.environment.solo
+        if holder.exclusive is not None or (holder.circuit is not None and holder.circuit.troubled):
+            return False
+        return (solo is None or solo.holder is None) and all(source.is_idle() for source in self.sources)
 
     def is_held_up(self) -> bool:
         """Whether nothing may be started for now, not even what was given out before."""
@@ -309,20 +258,28 @@ class Lane:
 
     # -------------------------------------------------------------- towards the journal
 
-    def settled(self, position: int) -> None:
-        """A delivery is settled by the checkpoint, or `done`, alone; it is written with the next `flush`."""
+    def settled(self, position: int, published: Sequence[Record] = ()) -> None:
+        """A delivery is settled by the checkpoint, or `done`, and what it published; it is written with the next `flush`, which must
+        come before the checkpoint passes anything that is written in another way."""
         self._serial += 1
         self._newest = position
         self._dirty = True
+        if published:
+            self._published += published
+            if len(self._published) >= TOGETHER:
+                self.flush()
 
     def flush(self) -> None:
-        """Hand the checkpoint and what is done above it to the journal, if they have changed."""
+        """Hand the checkpoint, what is done above it and what these deliveries published to the journal, as one unit."""
         if self._dirty:
+            published, self._published = tuple(self._published), []
             # The checkpoint need not have moved: the unit is that of a delivery that the store does not know as settled.
-            self.send("log", self._newest, counts=False)
+            self.send("log", self._newest, counts=False, published=published)
 
     def send(self, source: SourceName, position: int, *, counts: bool = True, **parts: Any) -> Unit:
         """Hand a unit to the journal, and return it. `counts`: it settles a delivery of its own. `parts`: fields of `Unit`."""
+        if self._published:
+            self.flush()
         if counts:
             self._serial += 1
         self._dirty = False
@@ -465,6 +422,7 @@ class Lane:
         kept = [source for source in self.sources if source.beside]
         self.epoch, self._stored = state.epoch, state.checkpoint
         self.begin(log, *others, *kept)
+        self._published.clear()
         if self._dirty:
             # What was settled and not sent counts no more; a unit that changes nothing brings the serials together again.
             self.send("log", log.checkpoint, counts=False)

@@ -97,6 +97,10 @@ class LooseSource:
         """Positions above the checkpoint that are settled or have a row."""
         return (*self._settled, *self._settled_before)
 
+    def is_idle(self) -> bool:
+        """Whether nothing has a row."""
+        return self.held.is_idle()
+
     def take(self) -> Attempt | None:
         """The next event whose key is not held."""
         if not self._back and len(self._window) >= WINDOW:
@@ -127,12 +131,19 @@ class LooseSource:
         if self.held.has_row(attempt.record.position):
             self.held.acked(attempt, published)
             return
-        self._settle(attempt.record.position)
-        if published:
-            conflict = conflict_of(attempt, published, self._lane.environment.clock)
-            self._lane.send("log", attempt.record.position, published=tuple(published), conflict=conflict)
+        conflict = conflict_of(attempt, published, self._lane.environment.clock) if published else None
+        if conflict is None:
+            self._settle(attempt.record.position)
+            self._lane.settled(attempt.record.position, published)
         else:
-            self._lane.settled(attempt.record.position)
+            self._lane.flush()
+            self._settle(attempt.record.position)
+            self._lane.send("log", attempt.record.position, published=tuple(published), conflict=conflict)
+
+    def go_on(self, attempt: Attempt) -> Attempt | None:
+        """`acked` of an attempt that published nothing, and `take`."""
+        self.acked(attempt, ())
+        return self.take()
 
     def failed(self, failure: Failure) -> None:
         """It gets a row, or is given up."""
@@ -198,6 +209,7 @@ class LooseSource:
 
     def _give_row_to_first(self) -> None:
         """The first event of a full window takes long: it gets a row, so that the checkpoint can pass it."""
+        self._lane.flush()
         position = self._window[0]
         self._settle(position)
         self.held.add_running(position)
@@ -298,6 +310,10 @@ class HeldSource:
             self._unconfirmed.popleft()
 
     # -------------------------------------------------------------- a source
+
+    def is_idle(self) -> bool:
+        """Whether there are no rows but parked ones."""
+        return len(self._held) == len(self._parked)
 
     def take(self) -> Attempt | None:
         """The next event of a held key that is due."""

@@ -21,7 +21,7 @@ from eventbus.errors import EventBusError, ProcessDied
 from eventbus.stores.base import Mark, Marking, Suspicion
 
 if TYPE_CHECKING:
-    from eventbus._lanes import Environment
+    from eventbus._environment import Environment
     from eventbus._timers import Timers
 
 _log = logging.getLogger("eventbus")

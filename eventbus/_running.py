@@ -23,9 +23,10 @@ from eventbus._decoding import Decoder
 from eventbus._dispatch import Dispatcher
 from eventbus._elsewhere import Elsewhere
 from eventbus._encoding import Encoder, handler_context
+from eventbus._environment import Environment
 from eventbus._intake import Budget
 from eventbus._journal import Journal
-from eventbus._lanes import Environment, Lane
+from eventbus._lanes import Lane
 from eventbus._loop import Loop, current_loop, this_process
 from eventbus._membership import Membership
 from eventbus._outcomes import current_attempt

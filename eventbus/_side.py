@@ -23,7 +23,7 @@ from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, R
 
 if TYPE_CHECKING:
     from eventbus._circuit import Circuit
-    from eventbus._lanes import Environment
+    from eventbus._environment import Environment
     from eventbus._loop import Waiter
     from eventbus._subscription import Subscription
 
@@ -76,6 +76,10 @@ class SideSource:
             self._lane.sources.append(self)
         self._items.extend(items)
         self._lane.wake()
+
+    def is_idle(self) -> bool:
+        """Whether it has no items."""
+        return not len(self)
 
     def drop(self) -> list[int]:
         """Deliver nothing more of what is next in order; returns which dead letters these are."""

@@ -26,6 +26,9 @@ class Source(Protocol):
     beside: bool
     replay: object
 
+    def is_idle(self) -> bool:
+        """Whether it has nothing to give out, now or later, but first attempts from the log."""
+
     def take(self) -> Attempt | None:
         """The next attempt that can run now."""
 
@@ -43,6 +46,9 @@ class LogSource(Source, Protocol):
     """The log as a source: it knows the lane's checkpoint."""
 
     intake: Intake
+
+    def go_on(self, attempt: Attempt) -> Attempt | None:
+        """`acked` of an attempt that published nothing, and `take`; where nothing waits for another attempt."""
 
     @property
     def checkpoint(self) -> int:

@@ -66,6 +66,10 @@ class StrictSource:
         """Nothing is settled above the checkpoint."""
         return ()
 
+    def is_idle(self) -> bool:
+        """Whether no event waits for another attempt."""
+        return not self._attempts
+
     def take(self) -> Attempt | None:
         """The event after the checkpoint, when it is due."""
         if self._due and self._lane.environment.clock.monotonic() < self._due:
@@ -80,16 +84,30 @@ class StrictSource:
 
     def acked(self, attempt: Attempt, published: Sequence[Record]) -> None:
         """The checkpoint moves."""
-        self._pass(attempt)
-        if published:
-            conflict = conflict_of(attempt, published, self._lane.environment.clock)
-            self._lane.send("log", attempt.record.position, published=tuple(published), conflict=conflict)
+        conflict = conflict_of(attempt, published, self._lane.environment.clock) if published else None
+        if conflict is None:
+            self._pass(attempt)
+            self._lane.settled(attempt.record.position, published)
         else:
-            self._lane.settled(attempt.record.position)
+            self._lane.flush()
+            self._pass(attempt)
+            self._lane.send("log", attempt.record.position, published=tuple(published), conflict=conflict)
+
+    def go_on(self, attempt: Attempt) -> Attempt | None:
+        """`acked` of the only attempt, a first one that published nothing, and `take`."""
+        lane, record = self._lane, self.intake.pop()
+        self._checkpoint = position = attempt.record.position
+        lane.settled(position)
+        if record is None:
+            self._current.clear()
+            return None
+        self._current[0] = record
+        return Attempt(lane, self, record, 1)
 
     def failed(self, failure: Failure) -> None:
         """The lane waits, or the event is given up."""
         attempt, lane = failure.attempt, self._lane
+        lane.flush()
         position = attempt.record.position
         first = failure.now if self._first_failed_at is None else self._first_failed_at
         if failure.delay is None and (failure.final or lane.holder.options.on_exhausted != "pause"):

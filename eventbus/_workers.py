@@ -18,9 +18,10 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from eventbus._attempts import Suspended, Torn, failed, run_async, timed_out
-from eventbus._lanes import Environment, Lane
+from eventbus._environment import Environment
+from eventbus._lanes import Lane
 from eventbus._loop import context_for_threads
-from eventbus._outcomes import RELEASED, Attempt, Failed, Outcome
+from eventbus._outcomes import ACKED, RELEASED, Attempt, Failed, Outcome
 from eventbus._threads import Crossing, Threads
 from eventbus.hooks import HandlerStuck
 
@@ -276,13 +277,14 @@ class _Task:
         monotonic, context = self._environment.clock.monotonic, self._pool.context
         is_async = lane.holder.options.is_async
         end = monotonic() + QUANTUM
-        while not self._pool.stopping:
-            attempt = lane.take()
-            if attempt is None:
-                return
+        attempt = None if self._pool.stopping else lane.take()
+        while attempt is not None:
             self._attempt = attempt
             if is_async:
                 outcome = run_async(attempt, context)
+                if outcome is ACKED and monotonic() < end and not self_cancelled():
+                    attempt = lane.go_on(attempt)
+                    continue
                 if isinstance(outcome, Suspended):
                     outcome = await self._finish(lane, attempt, outcome)
                 lane.settle(attempt, outcome)
@@ -294,6 +296,7 @@ class _Task:
             if monotonic() >= end or self_cancelled() or scope.cancel_called:
                 lane.wake()
                 return
+            attempt = None if self._pool.stopping else lane.take()
 
     async def _finish(self, lane: Lane, attempt: Attempt, suspended: Suspended) -> Outcome:
         """The handler waits for something: what was settled before goes out, others may serve the lane, the watch is set."""

@@ -200,8 +200,8 @@ class Unit(msgspec.Struct, frozen=True):
     - "redrive": the dead letter `dead_letter` is there, and being redriven;
     - "replay": always.
 
-    A unit of a lane that settles nothing special (no rows, deaths or events) stands for all deliveries of that lane up to
-    `position`.
+    A unit of a lane that settles nothing special (no rows and no deaths) stands for all deliveries of that lane that it says are
+    settled, up to `position`, and for all that these have published.
 
     Attributes:
         position: of the delivery. A unit that reports a retry names the position that is still to settle.

@@ -393,9 +393,8 @@ class SQLiteStore:
 
     # -------------------------------------------------------------- others
 
-    def monotonic(self) -> float:
-        """See `Store.monotonic`: CLOCK_MONOTONIC, which all processes of one start of a machine share."""
-        return time.monotonic()
+    monotonic = staticmethod(time.monotonic)
+    """See `Store.monotonic`: CLOCK_MONOTONIC, which all processes of one start of a machine share. Asked before each event."""
 
     def notice(self) -> Notice | None:
         """See `Store.notice`."""
