@@ -259,8 +259,10 @@ class Lane:
     # -------------------------------------------------------------- towards the journal
 
     def settled(self, position: int, published: Sequence[Record] = ()) -> None:
-        """A delivery is settled by the checkpoint, or `done`, and what it published; it is written with the next `flush`, which must
-        come before the checkpoint passes anything that is written in another way."""
+        """A delivery is settled by the checkpoint, or `done`, and what it published; it is written with the next `flush`.
+
+        That must come before the checkpoint passes anything that is written in another way.
+        """
         self._serial += 1
         self._newest = position
         self._dirty = True
