@@ -57,7 +57,9 @@ class Turn:
                 self._door.open()
 
     def leave(self) -> None:
-        """In the thread: it is done with it."""
+        """In the thread: it is done with it, whether or not it has come."""
+        if not self._busy:
+            self.come()
         self._busy = False
 
     def give_way(self) -> None:

@@ -291,6 +291,8 @@ class Journal:
 
     def _commit(self, pending: Pending) -> tuple[Callable[..., None], *tuple[object, ...]]:
         """Commit, and return what the loop is to call, and with what."""
+        if self.notice_every < NOTICE_ALONE:
+            self.turn.come()  # the loop does not wait until others let this one write
         try:
             committed = self._store.commit(self._batch(pending))
         except EventBusError as error:
@@ -347,7 +349,6 @@ class Journal:
     def _taken(self) -> Pending:
         """What is pending; outcomes only where they are due, or more than moved checkpoints. With the lock held."""
         pending, self._pending = self._pending, Pending()
-        self.turn.come()
         pending.commands[:0] = pending.again
         if self._given_up:
             pending.units = []
@@ -365,6 +366,7 @@ class Journal:
             appends=[ticket.records for ticket in pending.appends],
             units=[unit for _, unit, _ in pending.units],
             commands=[ticket.command for ticket in pending.commands if ticket.command is not None],
+            begins=self.turn.come,
         )
 
     def _put_back(self, pending: Pending, error: EventBusError) -> None:

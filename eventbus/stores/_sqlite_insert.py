@@ -128,13 +128,15 @@ def _values_of_alike(records: Sequence[Record], first: int, *, keyed: bool) -> l
     sample = records[0]
     values: list[Value] = [sample.type, sample.version, sample.content_type, sample.headers]
     seen, time, middle, end = None, 0.0, "", ""
+    is_json = sample.content_type == JSON
     for position, record in enumerate(records, first):
         if record.time != seen:  # what is published together has one time
             seen = time = to_micros(record.time)
             record.time = time
             middle, end = checksum_parts(sample, repr(time))
-        data, crc = record.data, checksum_of(position, record, middle, end)
-        values += (time, record.slot, len(data), crc, _data_value(record.content_type, data), record.id, position)
+        data = record.data
+        value = _text_of(data) if is_json else data
+        values += (time, record.slot, len(data), checksum_of(position, record, middle, end), value, record.id, position)
         if keyed:
             values.append(record.key)
     return values
@@ -162,12 +164,14 @@ def _event_values(record: Record, position: int) -> tuple[Value, ...]:
 
 def _data_value(content_type: str, data: bytes) -> str | bytes:
     """JSON is stored as text, for people and for SQL; anything else, and what only claims to be JSON, as it is."""
-    if content_type == JSON:
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            pass
-    return data
+    return _text_of(data) if content_type == JSON else data
+
+
+def _text_of(data: bytes) -> str | bytes:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
 
 
 def insert_scheduled(connection: sqlite3.Connection, records: Sequence[Record]) -> None:

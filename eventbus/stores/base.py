@@ -9,7 +9,7 @@ A store passes `eventbus.testing.conformance`, which says in tests what is said 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
@@ -185,6 +185,10 @@ T = TypeVar("T")
 # ------------------------------------------------------------------ the transaction
 
 
+def _nothing() -> None:
+    pass
+
+
 class Batch(msgspec.Struct, frozen=True):
     """One transaction. Applied in this order: commands, appends, units.
 
@@ -192,12 +196,15 @@ class Batch(msgspec.Struct, frozen=True):
         appends: groups of events, each of them all or nothing. Events with `due_at` are scheduled.
         units: outcomes; those of a lane stand in the order in which they happened.
         now: unix seconds, for what the store dates itself.
+        begins: to be called once the store has waited for all that others may hold, such as a lock, and goes to work. It is not
+            needed, and only a matter of speed: the loop may stand still until then, at most a millisecond.
     """
 
     now: float
     appends: Sequence[Sequence[Record]] = ()
     units: Sequence[Unit] = ()
     commands: Sequence[Command[object]] = ()
+    begins: Callable[[], object] = _nothing
 
 
 class Stored(msgspec.Struct, frozen=True):

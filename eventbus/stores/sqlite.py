@@ -283,6 +283,7 @@ class SQLiteStore:
         """See `Store.commit`."""
         self._check_open()
         with self._turn(self._busy):
+            batch.begins()
             return self._commit(batch) if self._ballast is None else self._commit_with_room(batch, self._ballast)
 
     def _commit_with_room(self, batch: Batch, ballast: Ballast) -> Committed:
