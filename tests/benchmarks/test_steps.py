@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
-from eventbus.stores.base import Batch, Claim, Events, Record, Register, Registration, Unit, slot_of
+from eventbus.stores.base import Batch, Claim, Events, LaneState, Record, Register, Registration, Unit, slot_of
 from eventbus.stores.sqlite import SQLiteStore
 from tests.benchmarks.big_log import INSTANCE
 from tests.benchmarks.table import Row, Table
@@ -27,9 +28,10 @@ def test_steps(table: Table, tmp_path: Path) -> None:
     try:
         assert store._writer is not None
         assert store._reader is not None
-        store.commit(Batch(time.time(), commands=[_register(), Claim(INSTANCE.id, (("s", "t", 0),))]))
+        claim = Claim(INSTANCE.id, (("s", "t", 0),))
+        lanes = cast("list[LaneState]", store.commit(Batch(time.time(), commands=[_register(), claim])).results[1])
         appends = {_count(store._writer, partial(_commit, store, size)) for size in SIZES}
-        with_acks = {_count(store._writer, partial(_commit, store, size, ack=True)) for size in SIZES}
+        with_acks = {_count(store._writer, partial(_commit, store, size, epoch=lanes[0].epoch)) for size in SIZES}
         pages = {_count(store._reader, partial(store.read, Events(0, size, 10**9))) for size in SIZES}
     finally:
         store.close()
@@ -57,12 +59,12 @@ def _register() -> Register:
     return Register((Registration("s", ("t",), "type", 1, "beginning"),))
 
 
-def _commit(store: SQLiteStore, size: int, *, ack: bool = False) -> None:
+def _commit(store: SQLiteStore, size: int, *, epoch: int | None = None) -> None:
     number = time.perf_counter_ns()
     ids = [f"01900000-0000-7000-8000-{number + at:012x}"[:36] for at in range(size)]
     records = [Record(id, "t", 1, time.time(), None, slot_of(id), None, "application/json", b"{}") for id in ids]
     head = store.read(Events(0, 1, 1)).head
-    units = [Unit("s", "t", 1, "log", head, head)] if ack else []
+    units = [] if epoch is None else [Unit("s", "t", epoch, "log", head, head)]
     committed = store.commit(Batch(time.time(), appends=[records], units=units))
     assert not committed.refused
     assert committed.head == head + size
