@@ -51,6 +51,20 @@ class _Call(msgspec.Struct, frozen=True):
     set: Callable[[], object]
 
 
+class _Waiting(msgspec.Struct, eq=False):
+    """Somebody who waits for a lane.
+
+    Attributes:
+        reached: whether what is waited for is there. hindrance: why it does not come, for now.
+        is_near: whether it takes no more than that the store knows what was settled.
+    """
+
+    reached: Callable[[], bool]
+    hindrance: Callable[[], str | None]
+    waiter: Waiter | _Call
+    is_near: Callable[[], bool]
+
+
 class Lane:
     """The serial order inside one subscription. All of it runs on the loop."""
 
@@ -72,13 +86,14 @@ class Lane:
         self._confirmed = 0  # … of which the store knows
         self._ridden = 0  # … for which the journal was asked to let them ride
         self._dirty = False
+        self._flushing = False  # it will flush soon
         self._newest = 0  # position of the delivery that was settled last
         self._undisturbed = False  # when the last attempt was taken, nothing was unusual
         self._published: list[Record] = []  # by deliveries that are settled and not sent yet, to be committed with their acks
         self._stored = state.checkpoint
         self.crossings: list[Recallable] = []
         self.probation: Probation | None = None
-        self._waiters: list[tuple[Callable[[], bool], Callable[[], str | None], Waiter | _Call]] = []
+        self._waiters: list[_Waiting] = []
 
     def begin(self, log: LogSource, *others: Source) -> None:
         """Give the lane its sources."""
@@ -278,6 +293,16 @@ class Lane:
             # The checkpoint need not have moved: the unit is that of a delivery that the store does not know as settled.
             self.send("log", self._newest, counts=False, published=published)
 
+    def flush_soon(self) -> None:
+        """`flush` once the loop has done what it is about to do: attempts that end with the same turn of it share a unit."""
+        if self._dirty and not self._flushing:
+            self._flushing = True
+            self.environment.loop.soon(self._flush_now)
+
+    def _flush_now(self) -> None:
+        self._flushing = False
+        self.flush()
+
     def send(self, source: SourceName, position: int, *, counts: bool = True, **parts: Any) -> Unit:
         """Hand a unit to the journal, and return it. `counts`: it settles a delivery of its own. `parts`: fields of `Unit`."""
         if self._published:
@@ -296,8 +321,10 @@ class Lane:
             **parts,
         )
         self.environment.journal.settle(self, unit, self._serial)
-        if self._waiters or self._serial - self._confirmed >= HURRY:
+        if self._serial - self._confirmed >= HURRY:
             self.environment.journal.flush()
+        elif self._waiters:
+            self._hurry()
         elif self._serial - self._ridden >= RIDE:
             self._ridden = self._serial
             self.environment.journal.ride()
@@ -381,21 +408,23 @@ class Lane:
 
     async def wait_clear(self, position: int) -> str | None:
         """Wait until everything up to a position is settled; returns None then, or at once why that will not come."""
-        return await self._wait_until(lambda: self.clear_to(position), self.hindrance)
+        return await self._wait_until(lambda: self.clear_to(position), self.hindrance, lambda: self.log.checkpoint >= position)
 
     async def wait_settled(self, record: Record) -> str | None:
         """Wait until this event is settled, whatever else waits; returns None then, or at once why that will not come."""
-        return await self._wait_until(lambda: self.has_settled(record), lambda: self.hindrance_of(record))
+        return await self._wait_until(lambda: self.has_settled(record), lambda: self.hindrance_of(record), lambda: True)
 
-    async def _wait_until(self, reached: Callable[[], bool], hindrance: Callable[[], str | None]) -> str | None:
+    async def _wait_until(
+        self, reached: Callable[[], bool], hindrance: Callable[[], str | None], is_near: Callable[[], bool]
+    ) -> str | None:
         while not reached():
             reason = hindrance()
             if reason is not None:
                 return reason
             waiter = self.environment.loop.waiter()
-            entry = (reached, hindrance, waiter)
+            entry = _Waiting(reached, hindrance, waiter, is_near)
             self._waiters.append(entry)
-            self.environment.journal.flush()
+            self._hurry()
             try:
                 await waiter.wait()
             finally:
@@ -410,11 +439,14 @@ class Lane:
 
     def _tell_waiters(self) -> None:
         for entry in list(self._waiters):
-            reached, hindrance, waiter = entry
-            if reached() or hindrance() is not None:
+            if entry.reached() or entry.hindrance() is not None:
                 self._waiters.remove(entry)
-                waiter.set()
-        if self._waiters:
+                entry.waiter.set()
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """Have what was settled written at once, if somebody waits for no more than that."""
+        if any(not self.running or entry.is_near() for entry in self._waiters):
             self.environment.journal.flush()
 
     # -------------------------------------------------------------- when things change
@@ -445,7 +477,7 @@ class Lane:
 
     def call_when(self, reached: Callable[[], bool], then: Callable[[], object]) -> None:
         """Call `then` once, as soon as this is so; now, or when an attempt has ended or the store has written something."""
-        self._waiters.append((reached, lambda: None, _Call(then)))
+        self._waiters.append(_Waiting(reached, lambda: None, _Call(then), lambda: False))
         self.tell_waiters()
 
     def move(self) -> None:

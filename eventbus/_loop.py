@@ -77,6 +77,9 @@ class Loop(Protocol):
     def post(self, function: Callable[..., object], *args: object) -> None:
         """Have the loop call a function soon; from any thread. RuntimeError if the loop is gone."""
 
+    def soon(self, function: Callable[[], object]) -> None:
+        """Have the loop call a function soon; on its own thread."""
+
     def waiter(self) -> Waiter:
         """A new waiter."""
 
@@ -189,6 +192,9 @@ class _Asyncio(_Threads):
 
     def post(self, function: Callable[..., object], *args: object) -> None:
         self._loop.call_soon_threadsafe(function, *args)
+
+    def soon(self, function: Callable[[], object]) -> None:
+        self._loop.call_soon(function)
 
     def waiter(self) -> _AsyncioWaiter:
         return _AsyncioWaiter(self._loop)
@@ -344,6 +350,9 @@ class _Trio(_Threads):
 
     def post(self, function: Callable[..., object], *args: object) -> None:
         self._token.run_sync_soon(function, *args)
+
+    def soon(self, function: Callable[[], object]) -> None:
+        self._token.run_sync_soon(function)
 
     def waiter(self) -> _TrioWaiter:
         return _TrioWaiter()

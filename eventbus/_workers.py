@@ -259,7 +259,10 @@ class _Task:
             # The handler was cancelled, by us: nobody else can cancel within the shield.
             lane.settle(attempt, Failed(timed_out(attempt)) if self._timed_out else RELEASED)
             lane.wake()
-        lane.flush()
+        if lane.running:
+            lane.flush_soon()
+        else:
+            lane.flush()
         lane.tell_waiters()  # an attempt that leaves nothing to write may have been the last
         self._timed_out = False
         self._lane = None
@@ -300,7 +303,7 @@ class _Task:
 
     async def _finish(self, lane: Lane, attempt: Attempt, suspended: Suspended) -> Outcome:
         """The handler waits for something: what was settled before goes out, others may serve the lane, the watch is set."""
-        lane.flush()
+        lane.flush_soon()
         lane.wake()
         timeout = lane.holder.options.timeout
         if timeout is not None:

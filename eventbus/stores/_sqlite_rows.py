@@ -94,15 +94,19 @@ EVENT_ROWS = msgspec.json.Decoder(list[EventRow])
 
 def records_of(rows: Iterable[EventRow]) -> list[Record]:
     """Records from their rows, their checksums verified."""
-    seen, seconds, shown = -1, 0.0, ""
+    seen: tuple[object, ...] = ()
+    seconds, middle, end = 0.0, "", ""
     records = []
     for position, id, type, version, time, key, slot, headers, content_type, crc, is_blob, text in rows:
-        if time != seen:  # what was published together has one time
-            seen, seconds = time, time / 1e6
-            shown = repr(seconds)
         data = bytes.fromhex(text) if is_blob else text.encode()
+        shared = (time, type, version, headers, content_type)
+        if shared != seen:  # what was published together has most of it in common
+            seconds = time / 1e6
         record = Record(id, type, version, seconds, key, slot, headers, content_type, data, None, None, position)
-        found = checksum_of(position, record, *checksum_parts(record, shown))
+        if shared != seen:
+            seen = shared
+            middle, end = checksum_parts(record, repr(seconds))
+        found = checksum_of(position, record, middle, end)
         if found != crc:
             record.fault = f"its checksum is {found}, {crc} was stored with it: the row was damaged or changed"
         records.append(record)
