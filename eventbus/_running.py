@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("eventbus")
 
 
-WAITING_BYTES = 16 * 1024 * 1024
+WAITING_BYTES = 12 * 1024 * 1024
 """Bytes of events that wait in lanes, over the whole bus."""
 
 

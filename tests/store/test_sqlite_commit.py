@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -593,3 +594,25 @@ store.close()
 def test_writes_that_fail(path: Path) -> None:
     """With writes that really fail, the store has what it reported as stored and nothing else."""
     subprocess.run([sys.executable, "-c", _LIMITED, str(path)], check=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_any_shape(store: SQLiteStore, seed: int) -> None:
+    """What the events of one transaction have in common is bound once; what any of them differs in comes back as it was."""
+    random = Random(seed)
+    pick = random.choice
+    vary = {name: random.random() < 0.5 for name in ("type", "key", "headers", "content_type", "version", "fault")}
+    made = []
+    for number in range(random.randint(1, 40)):
+        one = record(pick("ab") if vary["type"] else "a", key=pick(["k", "ä", None]) if vary["key"] else None)
+        one.headers = pick(['{"a":"b"}', None]) if vary["headers"] else pick([None])
+        one.content_type = pick(["application/json", "text/x"]) if vary["content_type"] else "application/json"
+        one.version = pick([1, 2]) if vary["version"] else 1
+        one.data = pick([b'{"n":1}', b"\xff\x00", f'"{number}"'.encode()])
+        one.fault = pick([None, None, "damaged before"]) if vary["fault"] else None
+        made.append(one)
+    store.commit(Batch(NOW, appends=[made]))
+    found = store.read(Events(0, 100, 10**6)).records
+    names = ("id", "type", "version", "time", "key", "slot", "headers", "content_type", "data", "position")
+    assert [[getattr(one, name) for name in names] for one in found] == [[getattr(one, name) for name in names] for one in made]
+    assert [one.fault is None for one in found] == [one.fault is None for one in made]
