@@ -202,6 +202,12 @@ class Dispatcher:
         for waiter in waiters:
             waiter.set()
 
+    async def written(self) -> None:
+        """Wait until what was settled before the call is written."""
+        for lane in self.lanes():
+            lane.flush()
+        await self.environment.journal.written()
+
     async def all_lanes(self) -> None:
         """Wait until the lanes that the store is asked for are there."""
         while any(serving.claiming for serving in self.servings.values()):

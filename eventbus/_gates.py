@@ -42,32 +42,41 @@ class Turn:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._door = Gate()
-        self._called = self._busy = self._waited_for = False
+        self._called = self._coming = self._busy = self._waited_for = self._late = False
 
     def call(self) -> None:
-        """There is something for the thread to do; before it can come for it."""
+        """There is something for the thread to do; before it can take it."""
         self._called = True
 
-    def come(self) -> None:
-        """In the thread: it begins with all that it was called for."""
+    def take(self) -> None:
+        """In the thread: it takes all that it was called for. It may have to wait for others before it comes."""
         with self._lock:
-            self._called, self._busy = False, True
-            if self._waited_for:
-                self._waited_for = False
-                self._door.open()
+            self._called, self._coming = False, True
+
+    def come(self) -> None:
+        """In the thread: it begins with what it has taken."""
+        with self._lock:
+            self._coming, self._busy, self._late = False, True, False
+            self._let_pass()
 
     def leave(self) -> None:
         """In the thread: it is done with it, whether or not it has come."""
-        if not self._busy:
-            self.come()
-        self._busy = False
+        with self._lock:
+            self._coming = self._busy = self._late = False
+            self._let_pass()
+
+    def _let_pass(self) -> None:
+        if self._waited_for:
+            self._waited_for = False
+            self._door.open()
 
     def give_way(self) -> None:
-        """On the loop: wait until the thread has come, if it was called and is not busy; at most `GIVE_WAY` seconds."""
-        if not self._called or self._busy:
+        """On the loop: wait until the thread has come, if it was called and is not busy; at most `GIVE_WAY` seconds, and not
+        again for one that is late."""
+        if self._busy or self._late or not (self._called or self._coming):
             return
         with self._lock:
-            if not self._called or self._busy:
+            if self._busy or not (self._called or self._coming):
                 return
             self._waited_for = True
         passed = False
@@ -77,7 +86,7 @@ class Turn:
             if not passed:
                 with self._lock:
                     if self._waited_for:
-                        self._waited_for = False
+                        self._waited_for, self._late = False, True
                     else:
                         self._door.wait(0)  # it has come in between
 

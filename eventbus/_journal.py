@@ -77,6 +77,7 @@ class Journal:
 
     def __init__(self, store: Store, loop: Loop, clock: Clock, max_pending: int) -> None:
         self._store = store
+        self._begins = store.features.begins
         self._loop = loop
         self._clock = clock
         self._max_pending = max_pending
@@ -291,7 +292,7 @@ class Journal:
 
     def _commit(self, pending: Pending) -> tuple[Callable[..., None], *tuple[object, ...]]:
         """Commit, and return what the loop is to call, and with what."""
-        if self.notice_every < NOTICE_ALONE:
+        if self.notice_every < NOTICE_ALONE or not self._begins:
             self.turn.come()  # the loop does not wait until others let this one write
         try:
             committed = self._store.commit(self._batch(pending))
@@ -349,6 +350,7 @@ class Journal:
     def _taken(self) -> Pending:
         """What is pending; outcomes only where they are due, or more than moved checkpoints. With the lock held."""
         pending, self._pending = self._pending, Pending()
+        self.turn.take()
         pending.commands[:0] = pending.again
         if self._given_up:
             pending.units = []

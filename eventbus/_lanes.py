@@ -35,10 +35,10 @@ AHEAD = 2_000
 """Deliveries that a lane may have settled ahead of what is stored."""
 RIDE = 1_200
 """… with which they go with the next transaction, whatever it is. A transaction of their own costs three times as much."""
-TOGETHER = 500
-"""Events that are published with one unit, beside what a single handler publishes: what one statement writes."""
 HURRY = 1_600
 """… with which they go at once, to be stored before the lane has to stop."""
+TOGETHER = 500
+"""Events that are published with one unit, beside what a single handler publishes: what one statement writes."""
 
 
 MOVED = "another instance has its lane now"
@@ -446,7 +446,7 @@ class Lane:
 
     def _hurry(self) -> None:
         """Have what was settled written at once, if somebody waits for no more than that."""
-        if any(not self.running or entry.is_near() for entry in self._waiters):
+        if self._waiters and (not self.running or any(entry.is_near() for entry in self._waiters)):
             self.environment.journal.flush()
 
     # -------------------------------------------------------------- when things change

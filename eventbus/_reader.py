@@ -43,6 +43,7 @@ class Reader:
             return
 
         def ask() -> None:
+            self.turn.take()
             self.turn.come()
             answer: T | BaseException
             try:

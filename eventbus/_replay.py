@@ -263,7 +263,7 @@ class Replay:
                 await self._wait_for_portions(AHEAD - 1)
             await self._wait_for_portions(0)
             if self._counts.dead:
-                await self._environment.journal.written()
+                await self._dispatcher.written()
         finally:
             self._over = True
             pins.remove(self._stretch.after)

@@ -339,7 +339,7 @@ class Running:
         await self._to_the_end(partial(self._resume, name))
 
     async def _resume(self, name: str) -> None:
-        await self.journal.written()  # a pause, or an attempt, on its way to the store must not come after the resume
+        await self.dispatcher.written()  # a pause, or an attempt, on its way to the store must not come after the resume
         await self.journal.command(Pause(name, None))
         serving = self.dispatcher.servings.get(name)
         if serving is not None:
@@ -355,7 +355,7 @@ class Running:
             await self.journal.command(Rewind(name, after))
             return
         with serving.changing():
-            await self.journal.written()  # what was settled before the position stays so
+            await self.dispatcher.written()  # what was settled before the position stays so
             states = await self.journal.command(Rewind(name, after))
             serving.rewound(after, states, await self.reader.ask(WaitingRows(name)))
 

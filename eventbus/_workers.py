@@ -302,7 +302,7 @@ class _Task:
             attempt = None if self._pool.stopping else lane.take()
 
     async def _finish(self, lane: Lane, attempt: Attempt, suspended: Suspended) -> Outcome:
-        """The handler waits for something: what was settled before goes out, others may serve the lane, the watch is set."""
+        """The handler waits for something: what was settled before goes out soon, others may serve the lane, the watch is set."""
         lane.flush_soon()
         lane.wake()
         timeout = lane.holder.options.timeout

@@ -90,7 +90,7 @@ def insert_together(
     """Write events that `fit_in_one` statement, from the position given on; returns how many were written.
 
     A record's time becomes exact to the microsecond. What all records share, as those of most batches do, is bound once: to
-    bind a value takes longer than to copy it in SQLite, and to bind NULL five times as long.
+    bind a value takes longer than to copy it in SQLite, and to bind NULL three times as long as a text.
 
     Args:
         tail, last: what comes behind the rows, and the values in it.

@@ -196,8 +196,8 @@ class Batch(msgspec.Struct, frozen=True):
         appends: groups of events, each of them all or nothing. Events with `due_at` are scheduled.
         units: outcomes; those of a lane stand in the order in which they happened.
         now: unix seconds, for what the store dates itself.
-        begins: to be called once the store has waited for all that others may hold, such as a lock, and goes to work. It is not
-            needed, and only a matter of speed: the loop may stand still until then, at most a millisecond.
+        begins: called by stores whose `Features.begins` says so, once they have waited for all that others may hold, such as a
+            lock, and go to work. A matter of speed: the loop may stand still until then, at most a millisecond.
     """
 
     now: float
@@ -249,11 +249,13 @@ class Features(msgspec.Struct, frozen=True):
         concurrent_reads: `read` may be called from a second thread while `commit` runs in the first.
         survives_power_loss: a batch that was committed is there after the power went out.
         shared: several instances may have it open at once.
+        begins: it calls `Batch.begins`.
     """
 
     concurrent_reads: bool
     survives_power_loss: bool
     shared: bool = False
+    begins: bool = False
 
 
 class Notice(msgspec.Struct, frozen=True):

@@ -35,9 +35,9 @@ class Record(msgspec.Struct, eq=False, gc=False):
         id: UUIDv7, as text.
         type, version: stored name and version of its class.
         time: when it was published, unix seconds to the microsecond.
-        key: what `order="key"` orders by, or None.
+        key: what `order="key"` orders by, not empty, or None.
         slot: crc32 of the key (without one: of the id) modulo `SLOTS`.
-        headers: a JSON object of strings as text, or None where there are none.
+        headers: a JSON object of strings as text, or None where there are none; never empty.
         content_type, data: what the codec made of the event.
         idempotency_key: unique over stored and scheduled events for as long as it is kept.
         due_at: unix seconds; with it the event is scheduled, and enters the log when it is due.

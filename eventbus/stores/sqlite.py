@@ -138,9 +138,8 @@ class SQLiteStore:
     @property
     def features(self) -> Features:
         """What this store can do: depends on whether there is a file, and on the durability asked for."""
-        return Features(
-            concurrent_reads=not self._memory, survives_power_loss=self._full and not self._memory, shared=not self._memory
-        )
+        on_disk = not self._memory
+        return Features(concurrent_reads=on_disk, survives_power_loss=self._full and on_disk, shared=on_disk, begins=True)
 
     # -------------------------------------------------------------- open and close
 

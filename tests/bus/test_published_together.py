@@ -12,7 +12,7 @@ import pytest
 from eventbus import Draft, EventBus, Reject
 from eventbus.stores.base import Batch, Committed
 from eventbus.stores.sqlite import SQLiteStore
-from tests.bus.support import NO_RETRY
+from tests.bus.support import NO_RETRY, until
 
 
 @attrs.frozen(kw_only=True)
@@ -113,3 +113,29 @@ async def test_a_drain_hurries_nothing_that_still_runs(db: str) -> None:
         await bus.publish_many([Asked(number=number) for number in range(400)])
         assert await bus.drain(10) == {}
     assert store.transactions < 100
+
+
+async def test_a_rewind_meanwhile(db: str) -> None:
+    """What was settled before a rewind stays so below its position, also where it was to be sent a moment later."""
+    bus = EventBus(db)
+    calls: Counter[int] = Counter()
+    gate = anyio.Event()
+
+    @bus.subscribe(Asked, order="none")
+    async def handle(asked: Asked) -> None:
+        calls[asked.number] += 1
+        await anyio.lowlevel.checkpoint()
+        if asked.number == 1:
+            await gate.wait()
+
+    async with bus:
+        loop = bus._open().dispatcher.environment.loop
+        loop.soon = lambda function: None  # type: ignore[method-assign]  # noqa: ARG005  # a moment that does not come
+        await bus.publish_many([Asked(number=0), Asked(number=1)])
+        await until(lambda: calls[1])
+        await until(lambda: bus._open().dispatcher.lanes()[0].running == 1)
+        await bus.rewind("handle", after=1)
+        gate.set()
+        await until(lambda: calls[1] == 2)
+        assert await bus.drain(10) == {}
+    assert calls == {0: 1, 1: 2}
