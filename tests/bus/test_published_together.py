@@ -130,7 +130,7 @@ async def test_a_rewind_meanwhile(db: str) -> None:
 
     async with bus:
         loop = bus._open().dispatcher.environment.loop
-        loop.soon = lambda function: None  # type: ignore[method-assign]  # noqa: ARG005  # a moment that does not come
+        loop.soon = lambda function: None  # type: ignore[method-assign]  # a moment that does not come
         await bus.publish_many([Asked(number=0), Asked(number=1)])
         await until(lambda: calls[1])
         await until(lambda: bus._open().dispatcher.lanes()[0].running == 1)
