@@ -16,7 +16,7 @@ from eventbus.stores.base import DeadLetterRow, Record, headers_of
 
 if TYPE_CHECKING:
     from eventbus._codec import Codec
-    from eventbus._events import Registry
+    from eventbus._events import EventType, Registry
 
 
 class Decoder:
@@ -40,8 +40,8 @@ class Decoder:
         """
         if record.event is not None:
             return record.event
-        event = self._decode(record)
         kind = self._registry.by_name(record.type)
+        event = self._decode(record, kind)
         if kind is not None and kind.shared:
             record.event = event
         return event
@@ -58,7 +58,7 @@ class Decoder:
             _headers(record),
             record.content_type,
             record.data,
-            lambda _envelope: self._decode(record),
+            lambda _envelope: self._decode(record, self._registry.by_name(record.type)),
         )
 
     def dead_letter(self, row: DeadLetterRow) -> DeadLetter:
@@ -77,11 +77,10 @@ class Decoder:
             row.redriving,
         )
 
-    def _decode(self, record: Record) -> object:
+    def _decode(self, record: Record, kind: EventType | None) -> object:
         type, version = record.type, record.version
         if record.fault is not None:
             raise UndecodableEvent(type, version, record.fault)
-        kind = self._registry.by_name(type)
         if kind is None:
             raise UnknownEventType(type, version, "no class is registered for it; import the module that defines it")
         if version > kind.version:

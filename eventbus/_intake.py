@@ -117,7 +117,7 @@ class Intake:
     def pop(self) -> Record | None:
         """The next event, or None: then more is on its way, or there is none."""
         queue = self._queue
-        if not self.live and len(queue) < PAGE:
+        if not self.live and not self.feed.page and len(queue) < PAGE:
             self.feed.read()
         if not queue:
             return None
@@ -196,7 +196,8 @@ class Feed:
         self._reader = reader
         self._timers = timers
         self.head = head
-        self._page = 0  # number of the page that is being read; 0: none
+        self.page = 0
+        """Number of the page that is being read; 0: none."""
         self._pages = 0
         # What was announced while the page was under way: with it a lane whose page has reached the head of then is at the head
         # of now. None: it was too much, or not all of it was announced.
@@ -214,7 +215,7 @@ class Feed:
 
     def offer(self, type: str, records: Sequence[Record]) -> None:
         """Events of one type have been committed and are next in the log."""
-        if self._page and self._meanwhile is not None:
+        if self.page and self._meanwhile is not None:
             self._meanwhile.append((type, records))
             self._room -= len(records)
             if self._room < 0:
@@ -250,28 +251,28 @@ class Feed:
     def retype(self, types: tuple[str, ...] | None) -> None:
         """Read other types from now on; a page that is under way does not count, for it may lack the new ones."""
         self.types = types
-        self._page = 0
+        self.page = 0
         self.read()
 
     def read(self) -> None:
         """Read the next page for the lanes that are behind and have room."""
-        if self._page or self.closed:
+        if self.page or self.closed:
             return
         wanting = [i.taken for i in self.intakes.values() if not i.live and len(i) < PAGE and i.has_room()]
         if not wanting:
             return
         self._meanwhile, self._room = [], QUEUE
         self._pages += 1
-        number = self._page = self._pages
+        number = self.page = self._pages
         after = min(wanting)
         forgotten = {intake: intake.forgotten for intake in self.intakes.values()}
         query = Events(after, PAGE, PAGE_BYTES, types=self.types)
         self._reader.ask_then(query, lambda answer: self._on_page(number, after, forgotten, answer))
 
     def _on_page(self, number: int, after: int, forgotten: dict[Intake, int], page: Page | BaseException) -> None:
-        if number != self._page or self.closed:
+        if number != self.page or self.closed:
             return
-        self._page = 0
+        self.page = 0
         if isinstance(page, BaseException):
             _log.error("the log could not be read, trying again: %s", page)
             self._timers.after(READ_AGAIN, self.read)
@@ -297,11 +298,14 @@ class Feed:
     def _sort(self, records: Sequence[Record], behind: dict[Intake, list[Record]]) -> None:
         """Give the records of a page to the intakes that take part and want them."""
         settled = self.settled_before
+        seen, start_of_seen = "", 0.0
         for record in records:
+            if record.type != seen:
+                seen, start_of_seen = record.type, self._start_of(record.type)
             if self._lanes > 1 and record.fault is None:  # the stored slot has no checksum; a damaged record may have another key
                 record.slot = slot_of(record.id if record.key is None else record.key)
             intake = self.of(record)
-            start = self._start_of(record.type) if record.fault is None else 0  # its type may be what is damaged
+            start = start_of_seen if record.fault is None else 0  # its type may be what is damaged
             if intake is None or intake not in behind or record.position <= max(intake.taken, start):
                 continue
             if settled is None or not settled(record):
@@ -310,6 +314,9 @@ class Feed:
 
 def runs_by_type(records: Sequence[Record]) -> Iterator[tuple[str, Sequence[Record]]]:
     """Records in their order, cut where the type changes."""
+    if len(records) > 1 and len({record.type for record in records}) == 1:
+        yield records[0].type, records
+        return
     start = 0
     for end in range(1, len(records) + 1):
         if end == len(records) or records[end].type != records[start].type:

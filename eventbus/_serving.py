@@ -417,12 +417,12 @@ class Serving:
     def call(self, attempt: Attempt) -> object:
         """Call the handler with what it takes."""
         options, record = self.options, attempt.record
-        if self._takes_event and record.event is not None:
-            return options.handler(record.event)
+        if self._takes_event:
+            return options.handler(self._dispatcher.decoder.event(record) if record.event is None else record.event)
         if record.fault is not None:
             raise UndecodableEvent(record.type, record.version, record.fault)
         decoder = self._dispatcher.decoder
-        envelope = None if self._takes_event else decoder.envelope(record)
+        envelope = decoder.envelope(record)
         event = envelope if options.takes_envelope else decoder.event(record)
         return options.handler(event) if not options.takes_delivery else options.handler(event, self._delivery(attempt, envelope))
 

@@ -6,9 +6,9 @@ store. Beside them stand the few rules that every store and the bus must share: 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Literal
+from zlib import crc32
 
 import msgspec
 
@@ -77,12 +77,12 @@ def checksum_parts(record: Record, time: str) -> tuple[str, str]:
 
 def checksum_of(position: int, record: Record, middle: str, end: str) -> int:
     """The checksum of a record at a position, put together from its own and from the parts that it shares."""
-    return zlib.crc32(record.data, zlib.crc32(f"{position}|{record.id}{middle}{record.key}{end}".encode()))
+    return crc32(record.data, crc32(f"{position}|{record.id}{middle}{record.key}{end}".encode()))
 
 
 def slot_of(key: str) -> int:
     """The slot of a key, or of the id of an event without one."""
-    return zlib.crc32(key.encode()) % SLOTS
+    return crc32(key.encode()) % SLOTS
 
 
 def lane_of_slot(slot: int, lanes: int) -> int:
