@@ -314,9 +314,6 @@ class Feed:
 
 def runs_by_type(records: Sequence[Record]) -> Iterator[tuple[str, Sequence[Record]]]:
     """Records in their order, cut where the type changes."""
-    if len(records) > 1 and len({record.type for record in records}) == 1:
-        yield records[0].type, records
-        return
     start = 0
     for end in range(1, len(records) + 1):
         if end == len(records) or records[end].type != records[start].type:

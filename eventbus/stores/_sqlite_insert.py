@@ -96,7 +96,8 @@ def insert_together(
         tail, last: what comes behind the rows, and the values in it.
     """
     shape = _shape_of(records)
-    return _execute(connection, _head(shape), _width(shape), _values(records, first, shape), tail, last)
+    head, width = _head(shape)
+    return _execute(connection, head, width, _values(records, first, shape), tail, last)
 
 
 class _Shape(msgspec.Struct, frozen=True):
@@ -126,27 +127,29 @@ def _shape_of(records: Sequence[Record]) -> _Shape:
     return _Shape(alike, keyed, headed)
 
 
-def _width(shape: _Shape) -> int:
-    return 7 + shape.keyed + shape.headed + 3 * (not shape.alike)
+_OWN = ["time", "slot", "size", "crc", "data", "id", "position"]
+_KIND = ["type", "version", "content_type"]
+
+
+def _columns(shape: _Shape) -> tuple[list[str], list[str]]:
+    """The columns that are bound once, and those that are bound for each row; in the order of `_values`."""
+    once = [*(_KIND if shape.alike else ()), *(() if shape.headed else ("headers",))]
+    texts = [*(("key",) if shape.keyed else ()), *(("headers",) if shape.headed else ())]
+    return once, [*_OWN, *texts, *(() if shape.alike else _KIND)]
 
 
 @functools.lru_cache(maxsize=16)
-def _head(shape: _Shape) -> str:
-    columns = ["time", "slot", "size", "crc", "data", "id", "position"]
-    shared = ["type", "version", "content_type"] if shape.alike else []
-    texts = ["key"] * shape.keyed + ["headers"] * shape.headed
-    if not shape.headed:
-        shared.append("headers")
-    values = ["?"] * len(shared) + [f"column{at}" for at in range(1, _width(shape) + 1)]
-    for at in range(len(texts)):
-        # To bind NULL takes three times as long as a text, and neither a key nor headers are ever empty.
-        values[len(shared) + 7 + at] = f"nullif(column{8 + at}, '')"
-    names = [*shared, *columns, *texts, *([] if shape.alike else ["type", "version", "content_type"])]
-    return f"INSERT INTO events ({', '.join(names)}) SELECT {', '.join(values)} FROM"
+def _head(shape: _Shape) -> tuple[str, int]:
+    """What comes before the rows, and how many values each has."""
+    once, each = _columns(shape)
+    # To bind NULL takes three times as long as a text, and neither a key nor headers are ever empty.
+    values = [f"nullif(column{at}, '')" if name in {"key", "headers"} else f"column{at}" for at, name in enumerate(each, 1)]
+    names = ", ".join([*once, *each])
+    return f"INSERT INTO events ({names}) SELECT {', '.join(['?'] * len(once) + values)} FROM", len(each)
 
 
 def _values(records: Sequence[Record], first: int, shape: _Shape) -> list[Value]:
-    """What they share, then the values of each."""
+    """What they share, then the values of each; in the order of `_columns`."""
     sample, alike, keyed, headed = records[0], shape.alike, shape.keyed, shape.headed
     values: list[Value] = [sample.type, sample.version, sample.content_type] if alike else []
     if not headed:

@@ -206,7 +206,7 @@ class Unit(msgspec.Struct, frozen=True):
     Attributes:
         position: of the delivery. A unit that reports a retry names the position that is still to settle.
         checkpoint: the lane's checkpoint from now on; never below the stored one.
-        done: positions above the checkpoint that are settled (order "none" only).
+        done: positions above the checkpoint that are settled (orders "key" and "none").
         attempt, due_at, first_failed_at, error: of the lane's next event, where the lane waits for it (orders "type" and
             "log"); attempt is 0 where nothing waits.
         row: position of the row of `deliveries` that this unit removes.
