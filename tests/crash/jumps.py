@@ -57,7 +57,12 @@ class _Run:
     count: Iterator[int] = attrs.field(factory=itertools.count)
 
     def jump(self) -> None:
+        self.look()  # an event may have become due since the last look, and be on its way
         self.clock.move(self.chance.choice(BY))
+        self.look()
+
+    def look(self) -> None:
+        """The latest time that the clock has shown is this one, or one before."""
         self.latest = max(self.latest, self.clock.time())
 
     def bus(self) -> EventBus:
@@ -67,7 +72,7 @@ class _Run:
 
             @bus.subscribe(Tick, name=order, order=order, retry=retry)
             async def handler(tick: Tick, delivery: Delivery) -> None:
-                self.latest = max(self.latest, self.clock.time())
+                self.look()
                 if tick.due > self.latest:
                     self.faults.append(f"{delivery.subscription} was given {tick} while the clock had shown {self.latest}")
                 if tick.n % 5 == 0 and delivery.attempt == 1:
@@ -90,7 +95,7 @@ class _Run:
         self.dues[n] = due
 
     async def main(self) -> None:
-        self.latest = self.clock.time()
+        self.look()
         left = JUMPS
         while left:
             bus = self.bus()
