@@ -17,7 +17,7 @@ from eventbus._probation import Probation
 from eventbus._serving import ONE_LANE, Serving
 from eventbus.errors import BusNotOpen, EventBusError
 from eventbus.hooks import DispatchHalted
-from eventbus.stores.base import Committed, LaneState, Notice, Record, Subscribed, Suspicion, WaitingRow
+from eventbus.stores.base import Committed, LaneState, Notice, Record, Subscribed, Suspicion, Waiting
 
 if TYPE_CHECKING:
     from eventbus._decoding import Decoder
@@ -177,13 +177,13 @@ class Dispatcher:
         self,
         serving: Serving,
         state: LaneState,
-        rows: Sequence[WaitingRow] = (),
+        waiting: Sequence[Waiting] = (),
         last: Mapping[str, int] | None = None,
         suspicion: Suspicion | None = None,
     ) -> None:
         """A lane has been claimed; see `Serving.begin_lane`. With a suspicion it is on probation."""
         self._routes.clear()
-        lane = serving.add_lane(state, rows, self.budget)
+        lane = serving.add_lane(state, waiting, self.budget)
         if suspicion is not None and self.environment.solo is not None:
             Probation(lane, suspicion, self.environment, self.environment.solo)
         serving.begin_lane(lane, last)

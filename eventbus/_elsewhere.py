@@ -224,7 +224,7 @@ class Elsewhere:
 
     async def left(self, serving: Serving, position: int) -> int:
         """How many deliveries up to a position are not settled in the lanes that are not here; without those that have rows."""
-        away = (self.away(serving) | {*serving.nobodys}) - serving.lanes.keys()
+        away = (self.away(serving) | serving.nobodys) - serving.lanes.keys()
         if not away:
             return 0
         return await self._redriven(serving, away) + await self._status.behind(serving.stored, position, away)

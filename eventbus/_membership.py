@@ -18,7 +18,7 @@ import msgspec
 
 from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
 from eventbus._probation import running
-from eventbus._serving import lanes_wanted
+from eventbus._serving import by_lane, lanes_wanted
 from eventbus._sharing import LaneKey, fits, share
 from eventbus.errors import BusNotOpen, EventBusError, InvalidSubscription
 from eventbus.stores.base import (
@@ -27,6 +27,7 @@ from eventbus.stores.base import (
     Instance,
     Lanes,
     Notice,
+    Patterns,
     Register,
     Release,
     Serves,
@@ -37,7 +38,6 @@ from eventbus.stores.base import (
     Suspicions,
     Types,
     WaitingRows,
-    covers,
     since_of,
 )
 
@@ -76,6 +76,7 @@ class Membership:
         self._shared = shared
         self._joined = self._withdrawn = self._leaving = self._failing = False
         self._shares: Mapping[LaneKey, str | None] = {}
+        self._meant_for: dict[str, dict[str, str]] = {}  # the same by subscription, without what nobody can have
         self._taken: set[LaneKey] = set()  # lanes that others have
         self._ending: set[LaneKey] = set()  # lanes that were lost while something ran in them
         self._wanted: Mapping[str, Mapping[str, int]] = {}  # lanes and starts of all subscriptions
@@ -286,9 +287,11 @@ class Membership:
         if serving.options.order == "type":
             return False
         name, stored = serving.options.name, serving.stored
-        served = {pattern for member in self.standing.members if name in member.serves for pattern in member.serves[name].types}
-        held = {*stored.types, *stored.derived}
-        return not held >= {*serving.registration.types} or not all(covers(served, each) for each in held - {*stored.derived})
+        members = [member.serves[name] for member in self.standing.members if name in member.serves]
+        served = Patterns(pattern for serves in members for pattern in serves.types)
+        if not {*stored.types, *stored.derived} >= {*serving.registration.types}:
+            return True
+        return not all(served.cover(each) for each in {*stored.types} - {*stored.derived})
 
     def _share(self) -> None:
         """Compute who should have which lane."""
@@ -298,8 +301,12 @@ class Membership:
             for each in self.standing.subscriptions
         }
         self._shares = share(self.standing, self._wanted)
+        self._meant_for = {name: {} for name in self._wanted}
+        for (name, lane), id in self._shares.items():
+            if id is not None:
+                self._meant_for[name][lane] = id
         for name, serving in self._dispatcher.servings.items():
-            serving.nobodys = {lane for (of, lane), id in self._shares.items() if of == name and id is None}
+            serving.nobodys = self._wanted.get(name, {}).keys() - self._meant_for.get(name, {}).keys()
         others = {member.instance.id for member in self.standing.members} - {self._instance.id}
         self._taken = {(each.subscription, each.lane) for each in self.standing.lanes if each.owner in others}
 
@@ -382,14 +389,17 @@ class Membership:
         epochs = {(s.subscription, s.lane): s.epoch for s in await self._reader.ask(Lanes())}
         self._follow_types(await self._reader.ask(Subscriptions()))
         last = self._known if self._dispatcher.head == self._head else None  # more has come meanwhile: the lanes must read
+        waiting = by_lane(rows)
+        fitting = {name: fits(serving.serves(), serving.stored) for name, serving in self._dispatcher.servings.items()}
         for (serving, _), state in zip(claims, states, strict=True):
-            if state is None or epochs.get((state.subscription, state.lane)) != state.epoch:
+            if state is None or epochs.get(key := (state.subscription, state.lane)) != state.epoch:
                 self.poke()  # another was first, or it was set back meanwhile and the rows are not those of its state
-            elif not fits(serving.serves(), serving.stored):
+            elif self._dispatcher.servings.get(state.subscription) is not serving:
+                continue  # it has been removed here
+            elif not fitting[state.subscription]:
                 self.poke()  # a type has joined that is not served here
-            elif self._dispatcher.servings.get(state.subscription) is serving:
-                own = [row for row in rows if row.subscription == state.subscription]
-                self._dispatcher.add_lane(serving, state, own, last, suspicions.get((state.subscription, state.lane)))
+            else:
+                self._dispatcher.add_lane(serving, state, waiting.get(key, ()), last, suspicions.get(key))
 
     def _follow_types(self, subscriptions: Iterable[Subscribed]) -> None:
         """A type that has joined before a lane was claimed has not fenced it: it must be known before the lane begins."""
@@ -438,7 +448,7 @@ class Membership:
         serving = self._dispatcher.servings.get(name)
         if serving is not None and serving.waits_for is not None:
             return {each.lane for each in self.standing.lanes if each.subscription == name}
-        return {lane for (subscription, lane), id in self._shares.items() if subscription == name and id is not None}
+        return {*self._meant_for.get(name, ())}
 
     async def hold(self, names: Sequence[str], check: Callable[[], object]) -> None:
         """Have all lanes of these subscriptions that this instance can have, however many there are, until `let_go`; and have the
@@ -461,7 +471,7 @@ class Membership:
             return False
         if not fits(own.serves[name], stored):
             return True  # as it is stored, this program gets none of it
-        meant_for = {lane: id for (subscription, lane), id in self._shares.items() if subscription == name and id is not None}
+        meant_for = self._meant_for.get(name, {})
         return {*meant_for.values()} <= {self._instance.id} and meant_for.keys() <= serving.lanes.keys()
 
     def let_go(self, names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,12 @@ from eventbus.stores.base import (
     SLOTS,
     LaneState,
     Order,
+    Patterns,
     Record,
     Registration,
     Serves,
     Subscribed,
+    Waiting,
     WaitingRow,
     WaitingRows,
     covers,
@@ -62,6 +64,7 @@ class Serving:
         self._takes_event = not options.takes_delivery and not options.takes_envelope
         self.stored = stored
         self.types = self._types_of(stored)
+        self._patterns = Patterns(self.types)
         self.since = dict(stored.since)
         self._refused: str | None = None
         self.paused = stored.paused
@@ -73,7 +76,7 @@ class Serving:
             self.circuit = Circuit(self, breaker, dispatcher.environment)
         self.cannot: dict[str, float] = {}
         """Lanes that wait at an event that cannot be decoded here: its position; infinite if it did not come from the log."""
-        self.nobodys: Collection[str] = ()
+        self.nobodys: set[str] = set()
         """Lanes that no instance can run."""
         self._starts: dict[str, float] = {}
         self.lanes: dict[str, Lane] = {}
@@ -100,7 +103,8 @@ class Serving:
         held = stored.since if stored.order == "type" else (*stored.types, *stored.derived)
         # Of its own some may be about to join, or wait; then what they mean of what is held is served.
         own = self.registration.types
-        declared = dict.fromkeys([t for t in own if t in held] + [t for t in stored.types if covers(own, t)])
+        meant = Patterns(own)
+        declared = dict.fromkeys([t for t in own if t in held] + [t for t in stored.types if meant.cover(t)])
         return (*declared, *(t for t in stored.derived if t not in declared and self._may_be_derived(t)))
 
     def _may_be_derived(self, type: str) -> bool:
@@ -109,7 +113,7 @@ class Serving:
 
     def wants(self, type: str) -> bool:
         """Whether events of this type are for it."""
-        return covers(self.types, type)
+        return self._patterns.cover(type)
 
     def exact_types(self) -> tuple[str, ...] | None:
         """The types to read from the log; None: all, and choose among them."""
@@ -185,6 +189,7 @@ class Serving:
         if (types, since) == (self.types, self.since):
             return
         self.types, self.since = types, since
+        self._patterns = Patterns(types)
         self._starts.clear()
         self._dispatcher.forget_routes()
         for lane in self.lanes.values():
@@ -249,6 +254,7 @@ class Serving:
         environment.reader.ask_then(which, read)
 
     def _restart(self, states: Iterable[LaneState], rows: Sequence[WaitingRow]) -> None:
+        waiting = by_lane(rows)
         for state in states:
             lane = self.lanes.get(state.lane)
             if lane is not None and lane.epoch < state.epoch:
@@ -256,7 +262,7 @@ class Serving:
                     self.circuit.forget(lane)
                 intake = lane.log.intake
                 intake.reset(state.checkpoint)
-                lane.restart(state, *self._sources(lane, intake, state, rows))
+                lane.restart(state, *self._sources(lane, intake, state, waiting.get((self.options.name, lane.name), ())))
                 intake.feed.read()
                 lane.wake()
         self.redriver.begin_anew()  # what comes again with the lanes is no dead letter any more
@@ -300,14 +306,14 @@ class Serving:
             types = tuple(t for t in self._dispatcher.known_types if self.wants(t))
         return types, slots_of(lane, self.options.concurrency) if self.options.order == "key" else (0, SLOTS)
 
-    def add_lane(self, state: LaneState, rows: Sequence[WaitingRow], budget: Budget) -> Lane:
-        """Make a lane from its stored state; see `Dispatcher.add_lane`."""
+    def add_lane(self, state: LaneState, waiting: Sequence[Waiting], budget: Budget) -> Lane:
+        """Make a lane from its stored state and what waits in it; see `Dispatcher.add_lane`."""
         options, environment = self.options, self._dispatcher.environment
         lane = Lane(environment, self, state, options.concurrency if options.order == "none" else 1)
         feed = self._feed(state.lane)
         intake = Intake(feed, budget, state.checkpoint, lane.wake)
         feed.intakes[self._number(state.lane)] = intake
-        lane.begin(*self._sources(lane, intake, state, rows))
+        lane.begin(*self._sources(lane, intake, state, waiting))
         self.lanes[state.lane] = lane
         return lane
 
@@ -340,13 +346,13 @@ class Serving:
             self.circuit.rested()
 
     def _sources(
-        self, lane: Lane, intake: Intake, state: LaneState, rows: Sequence[WaitingRow]
+        self, lane: Lane, intake: Intake, state: LaneState, waiting: Sequence[Waiting]
     ) -> tuple[StrictSource] | tuple[LooseSource, HeldSource]:
         if self.options.order in ("type", "log"):
             return (StrictSource(lane, intake, state),)
         loose = LooseSource(lane, intake, state, by_key=self.options.order == "key")
         loose.held = HeldSource(lane, loose, self.accepts, self.exact_types())
-        loose.held.load(row.waiting for row in rows if row.lane == state.lane)
+        loose.held.load(waiting)
         return loose, loose.held
 
     def _feed(self, lane: str) -> Feed:
@@ -462,13 +468,19 @@ class Serving:
         return [*outbox, *encoder.records(returned)]
 
 
+def by_lane(rows: Iterable[WaitingRow]) -> dict[tuple[str, str], list[Waiting]]:
+    """What waits in each lane, by the names of its subscription and its own."""
+    lanes: dict[tuple[str, str], list[Waiting]] = {}
+    for row in rows:
+        lanes.setdefault((row.subscription, row.lane), []).append(row.waiting)
+    return lanes
+
+
 def lanes_wanted(
     order: Order, concurrency: int, types: Sequence[str], since: Mapping[str, int], known: Iterable[str]
 ) -> list[tuple[str, int]]:
     """Names and starts of a subscription's lanes, given the types that are in the log."""
     if order == "type":
-        exact = [t for t in types if not t.endswith("*")]
-        exact += [t for t in known if t not in exact and covers(types, t)]
-        return [(t, since_of(since, t) or 0) for t in exact]
+        return [(t, since_of(since, t) or 0) for t in Patterns(types).names(known)]
     start = min((since[t] for t in types), default=0)
     return [(str(n) if order == "key" else ONE_LANE, start) for n in range(concurrency if order == "key" else 1)]

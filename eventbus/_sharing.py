@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from eventbus.stores.base import Member, Serves, Standing, Subscribed, covers
+from eventbus.stores.base import Member, Patterns, Serves, Standing, Subscribed
 
 LaneKey = tuple[str, str]
 
@@ -40,14 +40,14 @@ def share(standing: Standing, lanes: Mapping[str, Iterable[str]]) -> dict[LaneKe
     return shares
 
 
-def _candidates(members: Sequence[Member], subscribed: Subscribed, whole: Collection[str]) -> dict[str, Serves]:
+def _candidates(members: Sequence[Member], subscribed: Subscribed, whole: Collection[str]) -> dict[str, _Candidate]:
     """The instances that can run its lanes; if some of them want it whole, one of these alone. That goes by one order for all
     subscriptions, or two instances could wait for each other: first who has all that it wants whole, and so keeps it."""
     name = subscribed.name
     serving = {m.instance.id: m for m in members if name in m.serves and fits(m.serves[name], subscribed)}
     holding = [id for id, member in serving.items() if name in member.holds]
     first = min(holding, key=lambda each: (each not in whole, each), default=None)
-    return {id: member.serves[name] for id, member in serving.items() if first is None or id == first}
+    return {id: _Candidate(member.serves[name]) for id, member in serving.items() if first is None or id == first}
 
 
 def fits(serves: Serves, subscribed: Subscribed) -> bool:
@@ -55,20 +55,28 @@ def fits(serves: Serves, subscribed: Subscribed) -> bool:
     instance does not declare; subclasses that it does not know make the lane wait instead."""
     if (serves.order, serves.concurrency) != (subscribed.order, subscribed.concurrency):
         return False
-    held = set(subscribed.types) - set(subscribed.derived)
-    return serves.order == "type" or all(covers(serves.types, each) for each in held)
+    if serves.order == "type":
+        return True
+    served = Patterns(serves.types)
+    return all(served.cover(each) for each in {*subscribed.types} - {*subscribed.derived})
 
 
-def _can(serves: Serves, lane: str) -> bool:
-    if lane in serves.cannot:
-        return False
-    return serves.order != "type" or covers(serves.types, lane)
+class _Candidate:
+    """An instance, as far as it serves one subscription."""
+
+    def __init__(self, serves: Serves) -> None:
+        self._cannot = frozenset(serves.cannot)
+        self._patterns = Patterns(serves.types) if serves.order == "type" else None
+
+    def can(self, lane: str) -> bool:
+        """Whether it can run this lane."""
+        return lane not in self._cannot and (self._patterns is None or self._patterns.cover(lane))
 
 
 def _share_one(
     subscribed: Subscribed,
     lanes: Sequence[str],
-    candidates: Mapping[str, Serves],
+    candidates: Mapping[str, _Candidate],
     owners: Mapping[LaneKey, str | None],
     load: Counter[str],
 ) -> dict[LaneKey, str | None]:
@@ -77,12 +85,12 @@ def _share_one(
     has: Counter[str] = Counter()
     for lane in lanes:
         owner = owners.get((subscribed.name, lane))
-        if owner is not None and has[owner] < quotas.get(owner, 0) and _can(candidates[owner], lane):
+        if owner is not None and has[owner] < quotas.get(owner, 0) and candidates[owner].can(lane):
             shares[subscribed.name, lane] = owner
             has[owner] += 1
     for lane in lanes:
         if (subscribed.name, lane) not in shares:
-            able = [id for id, serves in candidates.items() if _can(serves, lane)]
+            able = [id for id, candidate in candidates.items() if candidate.can(lane)]
             best = min(able, key=lambda each: (has[each] - quotas[each], load[each] + has[each], each), default=None)
             shares[subscribed.name, lane] = best
             if best is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,12 @@ from eventbus.stores.base import (
     LaneState,
     LogState,
     NextDue,
+    Patterns,
     Record,
     Subscribed,
     Subscriptions,
     WaitingRow,
     WaitingRows,
-    covers,
     lane_name,
     since_of,
     slots_of,
@@ -114,13 +115,15 @@ class Status:
         log = await self._reader.ask(LogState())
         next_due = await self._reader.ask(NextDue())
         dead = await self._reader.ask(CountDeadLetters())
-        lanes = await self._reader.ask(Lanes())
-        rows = await self._reader.ask(WaitingRows())
+        lanes: defaultdict[str, list[LaneState]] = defaultdict(list)
+        for lane in await self._reader.ask(Lanes()):
+            lanes[lane.subscription].append(lane)
+        rows: defaultdict[str, list[WaitingRow]] = defaultdict(list)
+        for row in await self._reader.ask(WaitingRows()):
+            rows[row.subscription].append(row)
         stats = {}
         for stored in await self._reader.ask(Subscriptions()):
-            own_lanes = [lane for lane in lanes if lane.subscription == stored.name]
-            own_rows = [row for row in rows if row.subscription == stored.name]
-            stats[stored.name] = await self._of_subscription(stored, own_lanes, own_rows, dead)
+            stats[stored.name] = await self._of_subscription(stored, lanes[stored.name], rows[stored.name], dead)
         return Stats(
             log.head,
             log.events,
@@ -213,8 +216,7 @@ def types_of(stored: Subscribed, known: Collection[str]) -> tuple[str, ...] | No
     """Exact types of a stored subscription, given those in the log; None for all."""
     if "*" in stored.types:
         return None
-    exact = [t for t in stored.since if not t.endswith("*")]
-    return tuple({*exact, *(t for t in known if covers(stored.since, t))})
+    return tuple(Patterns(stored.since).names(known))
 
 
 def lag_of(stored: Subscribed, lane: LaneState, known: Collection[str], until: int | None = None) -> Lag:

@@ -118,6 +118,27 @@ def covers(patterns: Iterable[str], pattern: str) -> bool:
     return any(type_matches(each, pattern) for each in patterns)
 
 
+class Patterns:
+    """Patterns, made ready to be asked about many types: each answer takes as long, however many there are."""
+
+    __slots__ = ("_exact", "_prefixes")
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._exact = dict.fromkeys(patterns)
+        self._prefixes = tuple([each[:-1] for each in self._exact if each == "*" or each.endswith(".*")])
+
+    def cover(self, pattern: str) -> bool:
+        """As `covers`."""
+        return pattern in self._exact or pattern.startswith(self._prefixes)
+
+    def names(self, known: Iterable[str]) -> list[str]:
+        """The types that they mean, given those that are known: the names among them, and what matches the others."""
+        exact = [each for each in self._exact if not each.endswith("*")]
+        if not self._prefixes:
+            return exact
+        return exact + [type for type in known if type not in self._exact and type.startswith(self._prefixes)]
+
+
 def since_of(since: Mapping[str, int], type: str) -> int | None:
     """Where a subscription begins for this type: the smallest start of the patterns that match it, None without one."""
     exact = since.get(type)
