@@ -19,7 +19,7 @@ import msgspec
 from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
 from eventbus._probation import running
 from eventbus._serving import by_lane, lanes_wanted
-from eventbus._sharing import LaneKey, fits, share
+from eventbus._sharing import LaneKey, are_served, fits, share
 from eventbus.errors import BusNotOpen, EventBusError, InvalidSubscription
 from eventbus.stores.base import (
     Beat,
@@ -27,7 +27,6 @@ from eventbus.stores.base import (
     Instance,
     Lanes,
     Notice,
-    Patterns,
     Register,
     Release,
     Serves,
@@ -75,6 +74,7 @@ class Membership:
         self._lease = lease
         self._shared = shared
         self._joined = self._withdrawn = self._leaving = self._failing = False
+        self._poked = True  # there may be more to do than to renew the lease
         self._shares: Mapping[LaneKey, str | None] = {}
         self._meant_for: dict[str, dict[str, str]] = {}  # the same by subscription, without what nobody can have
         self._taken: set[LaneKey] = set()  # lanes that others have
@@ -110,7 +110,7 @@ class Membership:
             except EventBusError as error:
                 if not self._failing:
                     _log.error("this instance could not do all of its part among the others, trying again: %s", error)
-                self._failing = True
+                self._failing = self._poked = True
                 self._journal.renew_at = self._environment.lease_clock() + min(RETRY, self._lease / RENEWALS)
             except BaseException:
                 self.poke()  # a step that was cut short is taken again at once: the journal asks only once for a renewal
@@ -118,6 +118,11 @@ class Membership:
 
     def poke(self) -> None:
         """Take a step soon."""
+        self._poked = True
+        self._changed.set()
+
+    def renewal_due(self) -> None:
+        """The lease must be renewed."""
         self._changed.set()
 
     def noticed(self, notice: Notice) -> None:
@@ -141,7 +146,9 @@ class Membership:
     async def _step(self) -> None:
         # What is done here from now on need not be in the standing; what was done before goes with the renewal.
         before = {serving: (serving.stored, serving.pauses) for serving in self._dispatcher.servings.values()}
-        await self.renew()
+        poked, self._poked = self._poked, False
+        if await self.renew() and not poked and self.is_alone():
+            return  # whoever comes, or changes something, is noticed; with 10,000 lanes a look would hold up the loop for 60 ms
         await self._look(before)
         errors = []
         for part in (self._give_back,) if self._withdrawn else (self._declare_again, self._give_back, self._take):
@@ -153,8 +160,8 @@ class Membership:
         if errors:
             raise errors[0]
 
-    async def renew(self) -> None:
-        """Show that this instance is alive."""
+    async def renew(self) -> bool:
+        """Show that this instance is alive; returns whether it has been since the last time."""
         begun = self._environment.lease_clock()
         serves = {name: self._serves(serving) for name, serving in self._dispatcher.servings.items()}
         holds = () if self._withdrawn else tuple(sorted(set(self._holds)))
@@ -171,6 +178,7 @@ class Membership:
             self._journal.renew_at = begun + self._lease / RENEWALS
         if lapsed:
             self._dispatcher.wake_all()
+        return known and not lapsed
 
     def _serves(self, serving: Serving) -> Serves:
         """What others are told. One that is to leave serves a subscription to the end of its last handler, or its order could
@@ -286,12 +294,9 @@ class Membership:
             return True
         if serving.options.order == "type":
             return False
-        name, stored = serving.options.name, serving.stored
-        members = [member.serves[name] for member in self.standing.members if name in member.serves]
-        served = Patterns(pattern for serves in members for pattern in serves.types)
-        if not {*stored.types, *stored.derived} >= {*serving.registration.types}:
-            return True
-        return not all(served.cover(each) for each in {*stored.types} - {*stored.derived})
+        stored = serving.stored
+        is_whole = {*stored.types, *stored.derived} >= {*serving.registration.types}
+        return not is_whole or not are_served(stored, self.standing.members)
 
     def _share(self) -> None:
         """Compute who should have which lane."""
@@ -323,7 +328,7 @@ class Membership:
         """Let lanes that others are to have come to rest, and release those that have."""
         resting = []
         for lane in self._dispatcher.lanes():
-            goes = self._goes(lane)
+            goes = self._shares.get((lane.holder.options.name, lane.name)) not in {None, self._instance.id}
             if lane.retiring and not goes:
                 lane.retiring = False
                 lane.wake()
@@ -348,10 +353,6 @@ class Membership:
                 names.append(key)
         return names
 
-    def _goes(self, lane: Lane) -> bool:
-        meant_for = self._shares.get((lane.holder.options.name, lane.name))
-        return meant_for is not None and meant_for != self._instance.id
-
     # -------------------------------------------------------------- take
 
     async def _take(self) -> None:
@@ -369,9 +370,8 @@ class Membership:
         self._dispatcher.lanes_changed()
 
     def _meant_for_us(self) -> list[tuple[Serving, str]]:
-        servings = self._dispatcher.servings
-        ours = [key for key, id in self._shares.items() if id == self._instance.id and key[0] in servings]
-        return [(servings[name], lane) for name, lane in ours]
+        own, servings = self._instance.id, self._dispatcher.servings.items()
+        return [(s, lane) for name, s in servings for lane, id in self._meant_for.get(name, {}).items() if id == own]
 
     def _is_ours(self, serving: Serving, lane: str) -> bool:
         """Whether a lane that is not here, with nothing left of it, is free, as far as is known, and not meant for another."""

@@ -50,15 +50,23 @@ def _candidates(members: Sequence[Member], subscribed: Subscribed, whole: Collec
     return {id: _Candidate(member.serves[name]) for id, member in serving.items() if first is None or id == first}
 
 
+def are_served(subscribed: Subscribed, members: Sequence[Member]) -> bool:
+    """Whether each type that a subscription holds is declared by some instance that serves it."""
+    serving = [member.serves[subscribed.name] for member in members if subscribed.name in member.serves]
+    return _cover([type for serves in serving for type in serves.types], subscribed)
+
+
 def fits(serves: Serves, subscribed: Subscribed) -> bool:
     """Whether an instance serves a subscription as it is stored. A lane that holds several types would pass by those that the
     instance does not declare; subclasses that it does not know make the lane wait instead."""
     if (serves.order, serves.concurrency) != (subscribed.order, subscribed.concurrency):
         return False
-    if serves.order == "type":
-        return True
-    served = Patterns(serves.types)
-    return all(served.cover(each) for each in {*subscribed.types} - {*subscribed.derived})
+    return serves.order == "type" or _cover(serves.types, subscribed)
+
+
+def _cover(types: Iterable[str], subscribed: Subscribed) -> bool:
+    declared = Patterns(types)
+    return all(declared.cover(each) for each in {*subscribed.types} - {*subscribed.derived})
 
 
 class _Candidate:

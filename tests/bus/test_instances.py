@@ -16,7 +16,7 @@ import pytest
 
 from eventbus import Delivery, DeliveryStatus, Draft, EventBus, HandlingFailed, LaneLost, Receipt, Reject, RetryPolicy
 from eventbus._membership import NOBODY
-from eventbus.stores.base import Batch, Beat, Claim, Committed, Lanes, Record
+from eventbus.stores.base import Batch, Beat, Claim, Committed, Lanes, Query, Record, Stand
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.shops import Lapsing, Paid, Placed, Shop, opened, running, until
 from tests.bus.support import Recorder
@@ -70,6 +70,37 @@ async def test_lanes_are_shared_out(db: str) -> None:
                 assert sorted(lane for shop in shops for lane in shop.lanes) == sorted(map(str, range(12)))
             await until(shops[:2], 6, 6)
         await until(shops[:1], 12)
+
+
+async def test_one_that_is_alone_renews_its_lease_and_no_more(db: str) -> None:
+    """It looks how all stand when there is something to see: with many lanes a look is much work."""
+    noted = Recorder()
+
+    class Noting(SQLiteStore):
+        def commit(self, batch: Batch) -> Committed:
+            if any(isinstance(command, Beat) for command in batch.commands):
+                noted.add("renewed")
+            return super().commit(batch)
+
+        def read(self, query: Query[Any]) -> Any:
+            if isinstance(query, Stand):
+                noted.add("looked")
+            return super().read(query)
+
+    bus = EventBus(Noting(db))
+    bus.subscribe(Placed, name="s", order="key")(Recorder().note)
+    async with bus:
+        assert bus._running is not None
+        membership = bus._running.membership
+        with anyio.fail_after(10):
+            while noted.seen[-3:] != ["renewed"] * 3:  # it looks until it has seen what it did itself when it was opened
+                membership.renewal_due()
+                await membership.next_step()
+        seen = len(noted.seen)
+        async with Shop(db).bus:
+            with anyio.fail_after(10):
+                while "looked" not in noted.seen[seen:]:
+                    await membership.next_step()
 
 
 async def test_subscriptions_of_one_lane_are_shared_out(db: str) -> None:
