@@ -198,8 +198,9 @@ class Batch(msgspec.Struct, frozen=True):
         appends: groups of events, each of them all or nothing. Events with `due_at` are scheduled.
         units: outcomes; those of a lane stand in the order in which they happened.
         now: unix seconds, for what the store dates itself.
-        begins: called by stores whose `Features.begins` says so, once they have waited for all that others may hold, such as a
-            lock, and go to work. A matter of speed: the loop may stand still until then, at most a millisecond.
+        begins: called by stores whose `Features.begins` says so, before the part that takes long, such as the writing itself, and
+            after short ones, such as a lock and a look; again is the same as once. A matter of speed: the loop may stand still
+            until then, at most a millisecond.
     """
 
     now: float

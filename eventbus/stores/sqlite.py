@@ -282,7 +282,6 @@ class SQLiteStore:
         """See `Store.commit`."""
         self._check_open()
         with self._turn(self._busy):
-            batch.begins()
             return self._commit(batch) if self._ballast is None else self._commit_with_room(batch, self._ballast)
 
     def _commit_with_room(self, batch: Batch, ballast: Ballast) -> Committed:
@@ -324,8 +323,11 @@ class SQLiteStore:
         state = Transaction()
         try:
             if self._frames > (SHORT_WAL_PAGES if self._short else WAL_PAGES):
+                batch.begins()
                 self._carry_over(writer)
             decided = _appended(batch, head)
+            if decided is not None:
+                batch.begins()
             state.committing = decided is not None  # the whole transaction is one statement
             if decided is None or not append_after(writer, decided.committed.previous_head, decided.committed.events):
                 decided = None
@@ -436,6 +438,7 @@ def _decide(connection: sqlite3.Connection, batch: Batch, lives: Lives) -> _Deci
     commands = Commands(connection, batch.now, lives)
     previous = None
     if batch.commands:
+        batch.begins()
         (previous,) = connection.execute(f"SELECT {HEAD}").fetchone()
         commands.run(batch.commands)
     found = look(connection, batch)
@@ -443,6 +446,7 @@ def _decide(connection: sqlite3.Connection, batch: Batch, lives: Lives) -> _Deci
     appends = [entering.admit(group) for group in batch.appends]
     outcomes = Outcomes(found, entering, batch.now)
     outcomes.decide(batch.units)
+    batch.begins()
     entering.write(connection, batch.now)
     outcomes.write(connection)
     events = commands.promoted + entering.events

@@ -462,6 +462,24 @@ def _content(store: SQLiteStore) -> list[object]:
     return [store.read(LogState()), [state.checkpoint for state in lanes], store.read(Subscriptions())]
 
 
+@pytest.mark.parametrize(
+    ("make", "before"),
+    [
+        (_append, ["BEGIN", "SELECT"]),
+        (_append_alone, []),
+        (_schedule, ["BEGIN", "SELECT"]),
+        (_ack, ["BEGIN", "SELECT"]),
+        (_command, ["BEGIN"]),
+    ],
+)
+def test_the_writing_begins(store: SQLiteStore, make: Callable[[SQLiteStore], Batch], before: list[str]) -> None:
+    """Who waits for it learns of it before anything is written or a command is run, whatever the batch is."""
+    batch = make(store)
+    with traced(store._writer) as statements:
+        store.commit(msgspec.structs.replace(batch, begins=lambda: statements.append("begins")))
+    assert statements[: statements.index("begins")] == before
+
+
 @pytest.mark.parametrize("make", [_append, _append_alone, _schedule, _ack, _command])
 def test_a_commit_that_took_place(store: SQLiteStore, make: Callable[[SQLiteStore], Batch]) -> None:
     """A commit that raised but took place is found, and reported as done."""
