@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from eventbus._environment import Environment
-from eventbus._intake import Budget, Feed, runs_by_type
+from eventbus._intake import Budget, Feed, read_together, runs_by_type
 from eventbus._lanes import Lane
 from eventbus._probation import Probation
 from eventbus._serving import ONE_LANE, Serving
@@ -93,22 +93,17 @@ class Dispatcher:
         self.on_renewal_due()
 
     def _others_published(self, head: int) -> None:
-        self.head = head
+        before, self.head = self.head, head
         self.on_foreign()
-        self.fall_behind()
+        feeds = [feed for serving in self.servings.values() for feed in serving.feeds.values()]
+        read_together(feeds, before, self.environment.reader)
+        self._tell_promotions()
 
     def tell_promoted(self, event_ids: Iterable[str]) -> None:
         """Scheduled events are in the log, or are cancelled."""
         for event_id in event_ids:
             for waiter in self.promotions.pop(event_id, ()):
                 waiter.set()
-
-    def fall_behind(self) -> None:
-        """Have every lane read from the log."""
-        for serving in self.servings.values():
-            for feed in serving.feeds.values():
-                feed.fall_behind()
-        self._tell_promotions()
 
     def _tell_promotions(self) -> None:
         for waiters in self.promotions.values():

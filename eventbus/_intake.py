@@ -8,10 +8,14 @@ is handed to it twice and none is left out: it drops what lies at or below the p
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from eventbus.stores.base import Events, Page, Record, lane_of_slot, slot_of
 
@@ -82,6 +86,8 @@ class Intake:
         self.live = False
         self.bytes = 0
         self.forgotten = 0
+        self.asked = -1
+        """How often it had forgotten when the page that is under way was asked for; -1 when it was not there."""
         self._queue: deque[Record] = deque()
         self._budget = budget
         self._wake = wake
@@ -169,6 +175,10 @@ class Intake:
     def _grow(self, size: int) -> None:
         self.bytes += size
         self._budget.add(self, size)
+
+
+Answered = Callable[[Page | BaseException], object]
+"""Takes the answer to the question for a page."""
 
 
 class Feed:
@@ -261,15 +271,29 @@ class Feed:
         wanting = [i.taken for i in self.intakes.values() if not i.live and len(i) < PAGE and i.has_room()]
         if not wanting:
             return
+        after = min(wanting)
+        self._reader.ask_then(Events(after, PAGE, PAGE_BYTES, types=self.types), self._expect(after))
+
+    def is_live(self) -> bool:
+        """Whether its lanes, if there are any, have been given all that was announced."""
+        return bool(self.intakes) and not self.page and not self.closed and all(i.live for i in self.intakes.values())
+
+    def share(self, after: int) -> Answered:
+        """Others have written after this position, up to which it is live, and the next page is read for several feeds together;
+        what is returned takes it, with this feed's records alone."""
+        for intake in self.intakes.values():
+            intake.taken, intake.live = max(intake.taken, after), False
+        return self._expect(after)
+
+    def _expect(self, after: int) -> Answered:
         self._meanwhile, self._room = [], QUEUE
         self._pages += 1
-        number = self.page = self._pages
-        after = min(wanting)
-        forgotten = {intake: intake.forgotten for intake in self.intakes.values()}
-        query = Events(after, PAGE, PAGE_BYTES, types=self.types)
-        self._reader.ask_then(query, lambda answer: self._on_page(number, after, forgotten, answer))
+        self.page = self._pages
+        for intake in self.intakes.values():
+            intake.asked = intake.forgotten
+        return functools.partial(self._on_page, self.page, after)
 
-    def _on_page(self, number: int, after: int, forgotten: dict[Intake, int], page: Page | BaseException) -> None:
+    def _on_page(self, number: int, after: int, page: Page | BaseException) -> None:
         if number != self.page or self.closed:
             return
         self.page = 0
@@ -280,12 +304,12 @@ class Feed:
         # An intake takes part if the page begins at or before the place that it has reached.
         reaches_head = page.up_to >= self.head() or (page.up_to >= page.head and self._meanwhile is not None)
         behind: dict[Intake, list[Record]] = {
-            i: [] for i in self.intakes.values() if not i.live and i.taken >= after and i.forgotten == forgotten.get(i)
+            i: [] for i in self.intakes.values() if not i.live and i.taken >= after and i.forgotten == i.asked
         }
         self._sort(page.records, behind)
         for intake, records in behind.items():
             # What is offered to one lane may make another forget what it has.
-            if intake.forgotten == forgotten[intake] and (not records or intake.offer(records)):
+            if intake.forgotten == intake.asked and (not records or intake.offer(records)):
                 intake.taken = max(intake.taken, page.up_to)
                 intake.live = reaches_head
         for type, some in (self._meanwhile or ()) if reaches_head else ():
@@ -310,6 +334,43 @@ class Feed:
                 continue
             if settled is None or not settled(record):
                 behind[intake].append(record)
+
+
+def read_together(feeds: Iterable[Feed], after: int, reader: Reader) -> None:
+    """Others have written after this position: let all feeds have it. Those that are live share a page; else a commit of others
+    would be as many questions as there are lanes in order "type"."""
+    live: list[Feed] = []
+    for feed in feeds:
+        if feed.is_live():
+            live.append(feed)
+        else:
+            feed.fall_behind()
+    if not live:
+        return
+    waiting = [(feed, feed.share(after)) for feed in live]
+
+    def then(page: Page | BaseException) -> None:
+        if isinstance(page, BaseException):
+            for _, answered in waiting:
+                answered(page)
+            return
+        by_type: dict[str, list[Record]] = {}
+        for record in page.records:
+            by_type.setdefault(record.type, []).append(record)
+        for feed, answered in waiting:
+            answered(msgspec.structs.replace(page, records=_of_types(page.records, by_type, feed.types)))
+
+    types = None if any(feed.types is None for feed in live) else tuple(type for feed in live for type in feed.types or ())
+    reader.ask_then(Events(after, PAGE, PAGE_BYTES, types=types), then)
+
+
+def _of_types(
+    records: Sequence[Record], by_type: Mapping[str, Sequence[Record]], types: Sequence[str] | None
+) -> Sequence[Record]:
+    if types is None or not records:
+        return records
+    found = [by_type[type] for type in types if type in by_type]
+    return found[0] if len(found) == 1 else sorted(itertools.chain.from_iterable(found), key=lambda record: record.position)
 
 
 def runs_by_type(records: Sequence[Record]) -> Iterator[tuple[str, Sequence[Record]]]:

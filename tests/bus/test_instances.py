@@ -16,7 +16,7 @@ import pytest
 
 from eventbus import Delivery, DeliveryStatus, Draft, EventBus, HandlingFailed, LaneLost, Receipt, Reject, RetryPolicy
 from eventbus._membership import NOBODY
-from eventbus.stores.base import Batch, Beat, Claim, Committed, Lanes, Query, Record, Stand
+from eventbus.stores.base import Batch, Beat, Claim, Committed, Events, Lanes, Query, Record, Stand
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.shops import Lapsing, Paid, Placed, Shop, opened, running, until
 from tests.bus.support import Recorder
@@ -101,6 +101,33 @@ async def test_one_that_is_alone_renews_its_lease_and_no_more(db: str) -> None:
             with anyio.fail_after(10):
                 while "looked" not in noted.seen[seen:]:
                     await membership.next_step()
+
+
+async def test_what_others_publish_is_read_once_for_all_lanes(db: str) -> None:
+    """However many subscriptions there are, a commit of another instance is one question to the store; each gets its own of it."""
+    pages = Recorder()
+
+    class Noting(SQLiteStore):
+        def read(self, query: Query[Any]) -> Any:
+            if isinstance(query, Events):
+                pages.add(query)
+            return super().read(query)
+
+    bus, publisher = EventBus(Noting(db)), EventBus(db)
+    placed, paid, both = Recorder(), Recorder(), Recorder()
+    for number in range(10):
+        bus.subscribe(Placed, name=f"placed-{number}")(placed.note)
+        bus.subscribe(Paid, name=f"paid-{number}")(paid.note)
+    bus.subscribe(Placed, Paid, name="both", order="log")(both.note)
+    async with bus, publisher.open(dispatch=False):
+        before = len(pages.seen)
+        events = [Placed(1), Paid(2), Placed(3)]
+        await publisher.publish_many(events)
+        await both.wait_for(3)
+        assert both.seen == events
+        assert sorted(e.n for e in await placed.wait_for(20)) == [1] * 10 + [3] * 10
+        assert [e.n for e in await paid.wait_for(10)] == [2] * 10
+        assert len(pages.seen) - before < 5
 
 
 async def test_subscriptions_of_one_lane_are_shared_out(db: str) -> None:
