@@ -6,7 +6,6 @@ whenever others have written, and somebody waits, the lanes are read once, for a
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import msgspec
 
 from eventbus._model import DeliveryStatus
 from eventbus._outcomes import current_attempt
+from eventbus._reader import report
 from eventbus.errors import UnknownEvent
 from eventbus.stores.base import (
     DeadLetterFilter,
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from eventbus._reader import Reader
     from eventbus._serving import Serving
     from eventbus._status import Status
-
-_log = logging.getLogger("eventbus")
 
 LaneStates = Mapping[tuple[str, str], LaneState]
 _DONE = (DeliveryStatus.HANDLED, DeliveryStatus.DEAD)
@@ -84,7 +82,7 @@ class Elsewhere:
     def _on_lanes(self, lanes: tuple[LaneState, ...] | BaseException) -> None:
         self._reading = False
         if isinstance(lanes, BaseException):
-            _log.error("it could not be read how far other instances are: %s", lanes)
+            report("how far other instances are", lanes)
             self.stepped()  # those who wait ask for themselves, and raise what is wrong
             return
         states = {(state.subscription, state.lane): state for state in lanes}

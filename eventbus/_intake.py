@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from eventbus._reader import report
 from eventbus.stores.base import Events, Page, Record, lane_of_slot, slot_of
 
 if TYPE_CHECKING:
     from eventbus._reader import Reader
     from eventbus._timers import Timers
-
-_log = logging.getLogger("eventbus")
 
 QUEUE = 4_000
 """Events that may wait in one lane; more than a thousand publishers at once put into a single commit."""
@@ -298,7 +296,7 @@ class Feed:
             return
         self.page = 0
         if isinstance(page, BaseException):
-            _log.error("the log could not be read, trying again: %s", page)
+            report("the log", page)
             self._timers.after(READ_AGAIN, self.read)
             return
         # An intake takes part if the page begins at or before the place that it has reached.

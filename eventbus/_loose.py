@@ -20,6 +20,7 @@ from eventbus._held import Held, Hold
 from eventbus._intake import READ_AGAIN
 from eventbus._lanes import Lane
 from eventbus._outcomes import Attempt, Failure, conflict_of, death_of, summary_of
+from eventbus._reader import report
 from eventbus._retry import seconds_until
 from eventbus.stores.base import Events, EventsAt, LaneState, Page, Record, Unit, Waiting
 
@@ -475,7 +476,7 @@ class HeldSource:
         if not held.active or self._lane.closed or self not in self._lane.sources:
             return
         if isinstance(answer, BaseException):
-            _log.error("waiting deliveries could not be read, trying again: %s", answer)
+            report("waiting deliveries", answer)
             self._lane.environment.timers.after(READ_AGAIN, lambda: self._read_again(held))
             return
         held.reading = False

@@ -18,6 +18,7 @@ import msgspec
 
 from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
 from eventbus._probation import running
+from eventbus._reader import report
 from eventbus._serving import by_lane, lanes_wanted
 from eventbus._sharing import LaneKey, are_served, fits, share
 from eventbus.errors import BusNotOpen, EventBusError, InvalidSubscription
@@ -428,7 +429,7 @@ class Membership:
 
     def _on_types(self, known: Mapping[str, int] | BaseException) -> None:
         if isinstance(known, BaseException):
-            _log.error("the types in the log could not be read, trying again: %s", known)
+            report("the types in the log", known)
             self._environment.timers.after(RETRY, self.look_for_types)
             return
         for type in known.keys() - self._dispatcher.known_types:

@@ -22,6 +22,12 @@ T = TypeVar("T")
 _log = logging.getLogger("eventbus")
 
 
+def report(what: str, error: BaseException) -> None:
+    """Log that something could not be read; not of a bus that is closed, which needs it no more."""
+    if not isinstance(error, BusNotOpen):
+        _log.error("%s could not be read, trying again: %s", what, error)
+
+
 class Reader:
     """Asks the store; `submit` runs a function in the thread that may read, whose turn is `turn`."""
 

@@ -20,6 +20,7 @@ from eventbus._lanes import Lane
 from eventbus._loose import HeldSource, LooseSource
 from eventbus._model import Delivery, Draft
 from eventbus._outcomes import Attempt
+from eventbus._reader import report
 from eventbus._side import Redriver
 from eventbus._strict import StrictSource
 from eventbus.errors import BusNotOpen, UndecodableEvent
@@ -245,7 +246,7 @@ class Serving:
 
         def read(rows: Sequence[WaitingRow] | BaseException) -> None:
             if isinstance(rows, BaseException):
-                _log.error("%s: it could not be read what waits, trying again: %s", self.options.name, rows)
+                report(f"what waits in {self.options.name!r}", rows)
                 environment.timers.after(READ_AGAIN, lambda: environment.reader.ask_then(which, read))
                 return
             self._restart(states, rows)

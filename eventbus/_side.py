@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +17,7 @@ import msgspec
 
 from eventbus._lanes import Lane
 from eventbus._outcomes import Attempt, Failure, conflict_of, death_of
+from eventbus._reader import report
 from eventbus._retry import seconds_until
 from eventbus.stores.base import DeadLetterFilter, DeadLetterRow, DeadLetters, Record, WaitingRow, WaitingRows
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from eventbus._loop import Waiter
     from eventbus._subscription import Subscription
 
-_log = logging.getLogger("eventbus")
-
 _PAGE = 100
+_AGAIN = 1.0
+"""Seconds after which what could not be read is asked for again."""
 KNOWN = 1_000
 """Redriven dead letters that are in memory at once, beside those of lanes that give nothing out for now."""
 
@@ -294,8 +294,8 @@ class Redriver:
             return
         self._looking = False
         if isinstance(rows, BaseException):
-            _log.error("the keys that were freed could not be read: %s", rows)
-            self._environment.timers.after(1.0, self.kick)
+            report("the keys that were freed", rows)
+            self._environment.timers.after(_AGAIN, self.kick)
             return
         self._serving.free(rows)
         self.changed()
@@ -311,8 +311,8 @@ class Redriver:
             return
         self._reading = False
         if isinstance(rows, BaseException):
-            _log.error("the dead letters being redriven could not be read: %s", rows)
-            self._environment.timers.after(1.0, self.kick)
+            report("the dead letters being redriven", rows)
+            self._environment.timers.after(_AGAIN, self.kick)
             return
         for row in rows:
             self._after = row.id
@@ -391,9 +391,9 @@ class Redriver:
         for letter in ids:
             self._known.pop(letter, None)
         if isinstance(rows, BaseException):
-            _log.error("the dead letters being redriven could not be read: %s", rows)
+            report("the dead letters being redriven", rows)
             for letter in ids:
-                self._wait(letter, 1.0)
+                self._wait(letter, _AGAIN)
             return
         for row in rows:
             self._deliver(row, due=True)

@@ -65,7 +65,6 @@ T = TypeVar("T")
 
 WAL_PAGES = 1_000
 """Pages in the WAL after which it is carried over into the database."""
-
 SHORT_WAL_PAGES = 50
 """… while the disk is full."""
 
@@ -326,8 +325,6 @@ class SQLiteStore:
                 batch.begins()
                 self._carry_over(writer)
             decided = _appended(batch, head)
-            if decided is not None:
-                batch.begins()
             state.committing = decided is not None  # the whole transaction is one statement
             if decided is None or not append_after(writer, decided.committed.previous_head, decided.committed.events):
                 decided = None
@@ -469,6 +466,7 @@ def _appended(batch: Batch, head: int | None) -> _Decided | None:
     records = only_appended(batch)
     if records is None:
         return None
+    batch.begins()
     last = head + len(records)
     committed = Committed(head, last, [None] * len(batch.appends), {}, (), records)
     return _Decided(committed, (), _trace_of(records[-1], last), _weight(records))
