@@ -1,7 +1,7 @@
 """The dispatcher: which subscriptions are dispatched, and which of their lanes an event is for.
 
 publish → journal → store → *lanes* → workers → outcome. The journal announces what it has committed; the dispatcher offers it to
-the feeds of every subscription that wants its type. What others have committed the lanes read for themselves.
+the feeds of every subscription that wants its type. What others have committed the feeds read, in one page where they can.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 publish → journal → store → *lanes* → workers → outcome. A `Feed` belongs to a subscription, or to one type of it; its `Intake`s
 belong to one lane each. Committed events are offered to the feeds by reference. An intake that is full takes no more and is
 behind: it reads pages from the store until it has reached the head, and turns live in one step on the loop, so that no event
-is handed to it twice and none is left out: it drops what lies at or below the position that it has taken.
+is handed to it twice and none is left out: it drops what lies at or below the position that it has taken. What others have
+committed is read as well; the feeds that are live then share a page.
 """
 
 from __future__ import annotations
@@ -273,12 +274,12 @@ class Feed:
         self._reader.ask_then(Events(after, PAGE, PAGE_BYTES, types=self.types), self._expect(after))
 
     def is_live(self) -> bool:
-        """Whether its lanes, if there are any, have been given all that was announced."""
+        """Whether it has lanes, and all of them have been given all that was announced."""
         return bool(self.intakes) and not self.page and not self.closed and all(i.live for i in self.intakes.values())
 
-    def share(self, after: int) -> Answered:
-        """Others have written after this position, up to which it is live, and the next page is read for several feeds together;
-        what is returned takes it, with this feed's records alone."""
+    def await_shared_page(self, after: int) -> Answered:
+        """Others have written after this position, up to which it is live, and the next page is read for several feeds together:
+        its lanes are behind until that comes. What is returned takes it, with this feed's records alone."""
         for intake in self.intakes.values():
             intake.taken, intake.live = max(intake.taken, after), False
         return self._expect(after)
@@ -345,13 +346,15 @@ def read_together(feeds: Iterable[Feed], after: int, reader: Reader) -> None:
             feed.fall_behind()
     if not live:
         return
-    waiting = [(feed, feed.share(after)) for feed in live]
+    waiting = [(feed, feed.await_shared_page(after)) for feed in live]
 
     def then(page: Page | BaseException) -> None:
         if isinstance(page, BaseException):
             for _, answered in waiting:
                 answered(page)
             return
+        if any(record.fault is not None for record in page.records):
+            page = Page((), after, page.head)  # its type may be what is damaged: each feed asks for its own
         by_type: dict[str, list[Record]] = {}
         for record in page.records:
             by_type.setdefault(record.type, []).append(record)

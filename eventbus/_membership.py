@@ -75,8 +75,8 @@ class Membership:
         self._lease = lease
         self._shared = shared
         self._joined = self._withdrawn = self._leaving = self._failing = False
-        self._poked = True  # there may be more to do than to renew the lease
         self._shares: Mapping[LaneKey, str | None] = {}
+        self._shared_for: tuple[object, ...] = ()  # what the shares were computed for
         self._meant_for: dict[str, dict[str, str]] = {}  # the same by subscription, without what nobody can have
         self._taken: set[LaneKey] = set()  # lanes that others have
         self._ending: set[LaneKey] = set()  # lanes that were lost while something ran in them
@@ -111,7 +111,7 @@ class Membership:
             except EventBusError as error:
                 if not self._failing:
                     _log.error("this instance could not do all of its part among the others, trying again: %s", error)
-                self._failing = self._poked = True
+                self._failing = True
                 self._journal.renew_at = self._environment.lease_clock() + min(RETRY, self._lease / RENEWALS)
             except BaseException:
                 self.poke()  # a step that was cut short is taken again at once: the journal asks only once for a renewal
@@ -119,11 +119,6 @@ class Membership:
 
     def poke(self) -> None:
         """Take a step soon."""
-        self._poked = True
-        self._changed.set()
-
-    def renewal_due(self) -> None:
-        """The lease must be renewed."""
         self._changed.set()
 
     def noticed(self, notice: Notice) -> None:
@@ -147,9 +142,7 @@ class Membership:
     async def _step(self) -> None:
         # What is done here from now on need not be in the standing; what was done before goes with the renewal.
         before = {serving: (serving.stored, serving.pauses) for serving in self._dispatcher.servings.values()}
-        poked, self._poked = self._poked, False
-        if await self.renew() and not poked and self.is_alone():
-            return  # whoever comes, or changes something, is noticed; with 10,000 lanes a look would hold up the loop for 60 ms
+        await self.renew()
         await self._look(before)
         errors = []
         for part in (self._give_back,) if self._withdrawn else (self._declare_again, self._give_back, self._take):
@@ -161,8 +154,8 @@ class Membership:
         if errors:
             raise errors[0]
 
-    async def renew(self) -> bool:
-        """Show that this instance is alive; returns whether it has been since the last time."""
+    async def renew(self) -> None:
+        """Show that this instance is alive."""
         begun = self._environment.lease_clock()
         serves = {name: self._serves(serving) for name, serving in self._dispatcher.servings.items()}
         holds = () if self._withdrawn else tuple(sorted(set(self._holds)))
@@ -179,7 +172,6 @@ class Membership:
             self._journal.renew_at = begun + self._lease / RENEWALS
         if lapsed:
             self._dispatcher.wake_all()
-        return known and not lapsed
 
     def _serves(self, serving: Serving) -> Serves:
         """What others are told. One that is to leave serves a subscription to the end of its last handler, or its order could
@@ -300,7 +292,12 @@ class Membership:
         return not is_whole or not are_served(stored, self.standing.members)
 
     def _share(self) -> None:
-        """Compute who should have which lane."""
+        """Compute who should have which lane; with thousands of lanes that takes long, so not again where all stand as before."""
+        members = [msgspec.structs.replace(member, seen=0.0) for member in self.standing.members]
+        shared = (members, self.standing.subscriptions, self.standing.lanes, self._known.keys())
+        if shared == self._shared_for:
+            return
+        self._shared_for = shared
         # Also of those that are not served here: who has much of them gets less of others, and all instances must agree on it.
         self._wanted = {
             each.name: dict(lanes_wanted(each.order, each.concurrency, each.types, each.since, self._known))
@@ -327,9 +324,9 @@ class Membership:
 
     async def _give_back(self) -> None:
         """Let lanes that others are to have come to rest, and release those that have."""
-        resting = []
+        resting, own = [], self._instance.id
         for lane in self._dispatcher.lanes():
-            goes = self._shares.get((lane.holder.options.name, lane.name)) not in {None, self._instance.id}
+            goes = self._meant_for.get(lane.holder.options.name, {}).get(lane.name, own) != own
             if lane.retiring and not goes:
                 lane.retiring = False
                 lane.wake()
@@ -346,13 +343,9 @@ class Membership:
 
     def _forgotten(self) -> list[LaneKey]:
         """Lanes that are ours in the store, that we gave up for they were set back elsewhere, and that are meant for others."""
-        names = []
-        for owned in self.standing.lanes:
-            serving, key = self._dispatcher.servings.get(owned.subscription), (owned.subscription, owned.lane)
-            here = serving is not None and owned.lane in serving.lanes
-            if owned.owner == self._instance.id and not here and self._shares.get(key) != self._instance.id:
-                names.append(key)
-        return names
+        own, here = self._instance.id, {name: serving.lanes for name, serving in self._dispatcher.servings.items()}
+        given_up = [o for o in self.standing.lanes if o.owner == own and o.lane not in here.get(o.subscription, ())]
+        return [key for owned in given_up if self._shares.get(key := (owned.subscription, owned.lane)) != own]
 
     # -------------------------------------------------------------- take
 
@@ -371,8 +364,10 @@ class Membership:
         self._dispatcher.lanes_changed()
 
     def _meant_for_us(self) -> list[tuple[Serving, str]]:
+        """Lanes that are meant for us and are not here."""
         own, servings = self._instance.id, self._dispatcher.servings.items()
-        return [(s, lane) for name, s in servings for lane, id in self._meant_for.get(name, {}).items() if id == own]
+        meant_for = [(serving, self._meant_for.get(name, {})) for name, serving in servings]
+        return [(s, lane) for s, lanes in meant_for for lane, id in lanes.items() if id == own and lane not in s.lanes]
 
     def _is_ours(self, serving: Serving, lane: str) -> bool:
         """Whether a lane that is not here, with nothing left of it, is free, as far as is known, and not meant for another."""

@@ -146,7 +146,7 @@ class Running:
             self.dispatcher.on_new_lane = self.membership.want_lane
             self.dispatcher.on_foreign = self.membership.look_for_types
             self.dispatcher.on_notice = self._on_notice
-            self.dispatcher.on_renewal_due = self.membership.renewal_due
+            self.dispatcher.on_renewal_due = self.membership.poke
             self.dispatcher.on_lane_lost = self._interrupt_replays
             await recover(self.dispatcher, self.journal, self.membership, self.instance, wanted)
         except BaseException:

@@ -198,9 +198,9 @@ class Batch(msgspec.Struct, frozen=True):
         appends: groups of events, each of them all or nothing. Events with `due_at` are scheduled.
         units: outcomes; those of a lane stand in the order in which they happened.
         now: unix seconds, for what the store dates itself.
-        begins: called by stores whose `Features.begins` says so, before the part that takes long, such as the writing itself, and
-            after short ones, such as a lock and a look; again is the same as once. A matter of speed: the loop may stand still
-            until then, at most a millisecond.
+        begins: called by stores whose `Features.begins` says so, when they hold their locks and have looked at what they have to
+            know, before they run commands or write; again is the same as once. A matter of speed: the loop may stand still until
+            then, at most a millisecond.
     """
 
     now: float

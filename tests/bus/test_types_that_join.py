@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import anyio
 import attrs
 import pytest
 
 from eventbus import DeliveryStatus, EventBus, HandlingFailed, event
-from tests.bus.shops import Paid, Placed, Shop, running
-from tests.bus.support import until
+from tests.bus.shops import Paid, Placed, Shop, running, stay
+from tests.bus.support import NO_RETRY, Recorder, until
 
 ORDERS = pytest.mark.parametrize("order", ["type", "log", "key", "none"])
 LEASE = 1.0
@@ -153,3 +154,45 @@ async def test_a_lane_that_could_not_be_run(tmp_path: Path) -> None:
         await (await bus.publish(First(3))).handled(timeout=10)
         assert await state_of(old) == ("running", 0)
     assert (new.seen.seen, old.seen.seen) == ([0, 1, 2], [3])
+
+
+async def test_with_another_order_when_the_old_program_has_left(tmp_path: Path) -> None:
+    """A deployment that changes the order and adds a type waits for the program before it, and begins when that has gone."""
+    path = tmp_path / "a.db"
+    old, new = shop_of(path, Placed, order="key"), shop_of(path, Placed, Paid, order="log")
+    leave = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(stay, old.bus, leave)
+        async with new.bus:
+            assert (await state_of(new))[0] == "blocked"
+            leave.set()
+            with anyio.fail_after(10):
+                while await new.bus.drain(10) or not new.lanes:
+                    await running(new).membership.next_step()
+            await (await new.bus.publish(Paid(1), key="k")).handled(timeout=10)
+    assert new.seen.seen == [1]
+
+
+@pytest.mark.parametrize("freed", ["discard", "redrive"])
+async def test_that_waits_for_a_parked_key(tmp_path: Path, freed: str) -> None:
+    """It joins when the key is free, also if nobody else is there to tell of it."""
+    path = str(tmp_path / "a.db")
+    options: Any = {"name": "stock", "order": "key", "on_exhausted": "park", "retry": NO_RETRY}
+    old, web, new = (EventBus(path, lease=LEASE) for _ in range(3))
+    seen = Recorder()
+
+    @old.subscribe(Placed, **options)
+    async def fails(_event: Placed) -> None:
+        raise ValueError("no")
+
+    web.subscribe(Placed, Paid, **options)(Recorder().note)
+    new.subscribe(Placed, Paid, **options)(seen.note)
+    async with old:
+        await old.publish(Placed(1), key="k")
+        assert await old.drain(10) == {}
+    async with web.open(dispatch=False):
+        await web.publish(Paid(2), key="another")
+    async with new as bus:
+        await (bus.dead_letters.discard if freed == "discard" else bus.dead_letters.redrive)(all=True)
+        expected = [Paid(2)] if freed == "discard" else [Placed(1), Paid(2)]
+        assert sorted(await seen.wait_for(len(expected)), key=lambda each: each.n) == expected
