@@ -15,8 +15,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from eventbus._reader import report
 from eventbus.stores.base import Events, Page, Record, lane_of_slot, slot_of
 
@@ -176,10 +174,6 @@ class Intake:
         self._budget.add(self, size)
 
 
-Answered = Callable[[Page | BaseException], object]
-"""Takes the answer to the question for a page."""
-
-
 class Feed:
     """Feeds the lanes of one subscription that share their pages, or the lane of one type.
 
@@ -265,58 +259,73 @@ class Feed:
 
     def read(self) -> None:
         """Read the next page for the lanes that are behind and have room."""
+        after = self.wants_after()
+        if after is not None:
+            then = functools.partial(self._on_page, self.expect(), after)
+            self._reader.ask_then(Events(after, PAGE, PAGE_BYTES, types=self.types), then)
+
+    def wants_after(self) -> int | None:
+        """The position after which the lanes that are behind and have room are to be given more; None if there are none, or a
+        page is under way."""
         if self.page or self.closed:
-            return
-        wanting = [i.taken for i in self.intakes.values() if not i.live and len(i) < PAGE and i.has_room()]
-        if not wanting:
-            return
-        after = min(wanting)
-        self._reader.ask_then(Events(after, PAGE, PAGE_BYTES, types=self.types), self._expect(after))
+            return None
+        return min((i.taken for i in self.intakes.values() if not i.live and len(i) < PAGE and i.has_room()), default=None)
 
     def is_live(self) -> bool:
         """Whether it has lanes, and all of them have been given all that was announced."""
         return bool(self.intakes) and not self.page and not self.closed and all(i.live for i in self.intakes.values())
 
-    def await_shared_page(self, after: int) -> Answered:
-        """Others have written after this position, up to which it is live, and the next page is read for several feeds together:
-        its lanes are behind until that comes. What is returned takes it, with this feed's records alone."""
+    def fall_behind_after(self, position: int) -> None:
+        """Events have come into the log after a position up to which it is live; somebody else reads them for it."""
         for intake in self.intakes.values():
-            intake.taken, intake.live = max(intake.taken, after), False
-        return self._expect(after)
+            intake.taken, intake.live = max(intake.taken, position), False
 
-    def _expect(self, after: int) -> Answered:
+    def expect(self) -> int:
+        """A page is under way; returns the number that it is to come with."""
         self._meanwhile, self._room = [], QUEUE
         self._pages += 1
         self.page = self._pages
         for intake in self.intakes.values():
             intake.asked = intake.forgotten
-        return functools.partial(self._on_page, self.page, after)
+        return self.page
 
     def _on_page(self, number: int, after: int, page: Page | BaseException) -> None:
-        if number != self.page or self.closed:
-            return
-        self.page = 0
         if isinstance(page, BaseException):
-            report("the log", page)
-            self._timers.after(READ_AGAIN, self.read)
-            return
+            if self.fail(number):
+                report("the log", page)
+        elif self.take(number, after, page.records, page.up_to, page.head):
+            self.read()
+
+    def fail(self, number: int) -> bool:
+        """The page with this number could not be read; its lanes read by themselves, later. False if nobody waits for it."""
+        if number != self.page or self.closed:
+            return False
+        self.page = 0
+        self._timers.after(READ_AGAIN, self.read)
+        return True
+
+    def take(self, number: int, after: int, found: Sequence[Record], up_to: int, head: int) -> bool:
+        """Give the lanes that are behind what was found for them in the page with this number; False if nobody waits for it."""
+        if number != self.page or self.closed:
+            return False
+        self.page = 0
         # An intake takes part if the page begins at or before the place that it has reached.
-        reaches_head = page.up_to >= self.head() or (page.up_to >= page.head and self._meanwhile is not None)
+        reaches_head = up_to >= self.head() or (up_to >= head and self._meanwhile is not None)
         behind: dict[Intake, list[Record]] = {
             i: [] for i in self.intakes.values() if not i.live and i.taken >= after and i.forgotten == i.asked
         }
-        self._sort(page.records, behind)
+        self._sort(found, behind)
         for intake, records in behind.items():
             # What is offered to one lane may make another forget what it has.
             if intake.forgotten == intake.asked and (not records or intake.offer(records)):
-                intake.taken = max(intake.taken, page.up_to)
+                intake.taken = max(intake.taken, up_to)
                 intake.live = reaches_head
         for type, some in (self._meanwhile or ()) if reaches_head else ():
             self.offer(type, some)
         for intake in behind:
             intake.moved()
         self._meanwhile = None
-        self.read()
+        return True
 
     def _sort(self, records: Sequence[Record], behind: dict[Intake, list[Record]]) -> None:
         """Give the records of a page to the intakes that take part and want them."""
@@ -336,32 +345,43 @@ class Feed:
 
 
 def read_together(feeds: Iterable[Feed], after: int, reader: Reader) -> None:
-    """Others have written after this position: let all feeds have it. Those that are live share a page; else a commit of others
-    would be as many questions as there are lanes in order "type"."""
+    """Others have written after this position: let all feeds have it. Those that are live read it together, or each commit of
+    others would be as many questions as there are lanes in order "type"."""
     live: list[Feed] = []
     for feed in feeds:
         if feed.is_live():
+            feed.fall_behind_after(after)
             live.append(feed)
         else:
             feed.fall_behind()
-    if not live:
+    _read_page(live, after, reader)
+
+
+def _read_page(feeds: Sequence[Feed], after: int, reader: Reader) -> None:
+    """Read pages for feeds that are all behind after one position, for as long as they are."""
+    if not feeds:
         return
-    waiting = [(feed, feed.await_shared_page(after)) for feed in live]
+    waiting = [(feed, feed.expect()) for feed in feeds]
 
     def then(page: Page | BaseException) -> None:
         if isinstance(page, BaseException):
-            for _, answered in waiting:
-                answered(page)
+            failed = [feed for feed, number in waiting if feed.fail(number)]
+            if failed:
+                report("the log", page)
             return
         if any(record.fault is not None for record in page.records):
             page = Page((), after, page.head)  # its type may be what is damaged: each feed asks for its own
         by_type: dict[str, list[Record]] = {}
         for record in page.records:
             by_type.setdefault(record.type, []).append(record)
-        for feed, answered in waiting:
-            answered(msgspec.structs.replace(page, records=_of_types(page.records, by_type, feed.types)))
+        for feed, number in waiting:
+            feed.take(number, after, _of_types(page.records, by_type, feed.types), page.up_to, page.head)
+        together = [feed for feed in feeds if after < page.up_to == feed.wants_after()]
+        _read_page(together, page.up_to, reader)
+        for feed in feeds:
+            feed.read()
 
-    types = None if any(feed.types is None for feed in live) else tuple(type for feed in live for type in feed.types or ())
+    types = None if any(feed.types is None for feed in feeds) else tuple(type for feed in feeds for type in feed.types or ())
     reader.ask_then(Events(after, PAGE, PAGE_BYTES, types=types), then)
 
 

@@ -294,10 +294,9 @@ class Membership:
     def _share(self) -> None:
         """Compute who should have which lane; with thousands of lanes that takes long, so not again where all stand as before."""
         members = [msgspec.structs.replace(member, seen=0.0) for member in self.standing.members]
-        shared = (members, self.standing.subscriptions, self.standing.lanes, self._known.keys())
-        if shared == self._shared_for:
+        shared_for = (members, self.standing.subscriptions, self.standing.lanes, frozenset(self._known))
+        if shared_for == self._shared_for:
             return
-        self._shared_for = shared
         # Also of those that are not served here: who has much of them gets less of others, and all instances must agree on it.
         self._wanted = {
             each.name: dict(lanes_wanted(each.order, each.concurrency, each.types, each.since, self._known))
@@ -312,6 +311,7 @@ class Membership:
             serving.nobodys = self._wanted.get(name, {}).keys() - self._meant_for.get(name, {}).keys()
         others = {member.instance.id for member in self.standing.members} - {self._instance.id}
         self._taken = {(each.subscription, each.lane) for each in self.standing.lanes if each.owner in others}
+        self._shared_for = shared_for
 
     def _kick_redrivers(self) -> None:
         """Others may have redriven something."""

@@ -197,14 +197,14 @@ def plan(store: SQLiteStore, text: str) -> str:
 
 def test_pages_of_types_use_their_index(store: SQLiteStore) -> None:
     """A page of some types is read from the index of types, also after ANALYZE, and touches no other rows."""
-    found = plan(store, _sqlite_read._page_text(2, False, False, False))
+    found = plan(store, _sqlite_read._page_text(2, False, False))
     assert found.count("SEARCH events USING COVERING INDEX events_type (type=? AND position>? AND position<?)") == 2
     assert "SCAN e" not in found
 
 
 def test_pages_of_a_key_use_their_index(store: SQLiteStore) -> None:
     """A page of one key is read from the index of keys."""
-    assert "INDEX events_key (key=? AND position>? AND position<?)" in plan(store, _sqlite_read._page_text(0, True, False, False))
+    assert "INDEX events_key (key=? AND position>? AND position<?)" in plan(store, _sqlite_read._page_text(0, True, False))
 
 
 def test_the_look_uses_indexes(store: SQLiteStore) -> None:
@@ -256,6 +256,16 @@ def test_a_damaged_event(store: SQLiteStore, path: Path, change: str) -> None:
     found = store.read(Events(0, 10, 1_000_000)).records
     assert [r.fault is None for r in found] == [True, False, True]
     assert [found[0].data, found[2].data] == [some[0].data, some[2].data]
+
+
+def test_a_damaged_type_among_many(store: SQLiteStore, path: Path) -> None:
+    """With more types than have a range of the index each, an event is not passed by because its type is what was damaged."""
+    store.commit(Batch(NOW, appends=[records(3)]))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("UPDATE events SET type = 'damaged' WHERE position = 2")
+    types = (records(1)[0].type, *(f"t{number}" for number in range(_sqlite_read.MOST_TYPES)))
+    page = store.read(Events(0, 10, 10_000, types=types))
+    assert [(each.position, each.fault is None) for each in page.records] == [(1, True), (2, False), (3, True)]
 
 
 def test_a_damaged_scheduled_event_stays_damaged(store: SQLiteStore, path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 from eventbus._intake import Budget, Feed, Intake, read_together
 from eventbus.errors import StoreUnavailable
 from eventbus.stores.base import Events, Page, Record
-from eventbus.testing._conformance_base import record
 
 
 class _Asked:
@@ -54,9 +53,8 @@ class _Feeds:
 
 
 def _at(position: int, type: str, fault: str | None = None) -> Record:
-    found = record(type)
-    found.position, found.fault = position, fault
-    return found
+    id = f"01900000-0000-7000-8000-{position:012x}"
+    return Record(id, type, 1, 1.0, None, 0, None, "application/json", b"{}", position=position, fault=fault)
 
 
 def test_each_gets_its_own_of_one_page() -> None:
@@ -81,16 +79,38 @@ def test_one_that_takes_all_types_has_all_read() -> None:
     assert feeds.positions() == [[7], [6, 7]]
 
 
-@pytest.mark.parametrize("reached", [5, 6])
-def test_what_is_left_of_a_page_that_was_cut_each_reads_alone(reached: int) -> None:
-    """From where the page ended."""
+def test_what_is_left_of_a_page_that_was_cut_is_read_together_again() -> None:
+    """By those that are still where it ended; one that has no room reads when it has, from where it is."""
+    feeds = _Feeds(("a",), ("b",), ("c",))
+    feeds.read()
+    feeds.asked.answer(Page([_at(6, "a")], 6, 7))
+    ((query, _),) = feeds.asked.questions
+    assert (query.after, set(query.types or ())) == (6, {"a", "b", "c"})
+    feeds.asked.answer(Page([_at(7, "b")], 7, 7))
+    assert all(lane.live for lane in feeds.lanes)
+    assert feeds.positions() == [[6], [7], []]
+    assert not feeds.asked.questions
+
+
+def test_what_is_announced_meanwhile_is_read_together_as_well() -> None:
+    """Others go on to write while a page is under way, and this instance writes between."""
     feeds = _Feeds(("a",), ("b",))
     feeds.read()
-    feeds.asked.answer(Page([_at(6, "a")] if reached == 6 else [], reached, 7))
-    assert [(query.after, query.types) for query, _ in feeds.asked.questions] == [(reached, ("a",)), (reached, ("b",))]
-    feeds.asked.answer(Page([], 7, 7))
+    feeds.read()  # 7 was announced after 6, and the page ends at 6
+    feeds.asked.answer(Page([_at(6, "a")], 6, 6))
+    ((query, _),) = feeds.asked.questions
+    assert query.after == 6
     feeds.asked.answer(Page([_at(7, "b")], 7, 7))
-    assert feeds.positions() == [[6] if reached == 6 else [], [7]]
+    assert all(lane.live for lane in feeds.lanes)
+    assert feeds.positions() == [[6], [7]]
+
+
+def test_a_page_without_an_end_is_not_shared_again() -> None:
+    """What brings nobody further is each one's own."""
+    feeds = _Feeds(("a",), ("b",))
+    feeds.read()
+    feeds.asked.answer(Page([], 5, 7))
+    assert [(query.after, query.types) for query, _ in feeds.asked.questions] == [(5, ("a",)), (5, ("b",))]
 
 
 def test_a_damaged_event_goes_to_whom_the_store_finds_it_for() -> None:
@@ -121,4 +141,4 @@ def test_a_page_that_cannot_be_read_is_asked_for_again(caplog: pytest.LogCapture
     for again in feeds.asked.later:
         again()
     assert [(query.after, query.types) for query, _ in feeds.asked.questions] == [(5, ("a",)), (5, ("b",))]
-    assert "not now" in caplog.text
+    assert caplog.text.count("not now") == 1
