@@ -293,8 +293,9 @@ class Feed:
         if isinstance(page, BaseException):
             if self.fail(number):
                 report("the log", page)
-        elif self.take(number, after, page.records, page.up_to, page.head):
-            self.read()
+            return
+        self.take(number, after, page.records, page.up_to, page.head)
+        self.read()
 
     def fail(self, number: int) -> bool:
         """The page with this number could not be read; its lanes read by themselves, later. False if nobody waits for it."""
@@ -304,10 +305,10 @@ class Feed:
         self._timers.after(READ_AGAIN, self.read)
         return True
 
-    def take(self, number: int, after: int, found: Sequence[Record], up_to: int, head: int) -> bool:
-        """Give the lanes that are behind what was found for them in the page with this number; False if nobody waits for it."""
+    def take(self, number: int, after: int, found: Sequence[Record], up_to: int, head: int) -> None:
+        """Give the lanes that are behind what was found for them in the page with this number, if it is still waited for."""
         if number != self.page or self.closed:
-            return False
+            return
         self.page = 0
         # An intake takes part if the page begins at or before the place that it has reached.
         reaches_head = up_to >= self.head() or (up_to >= head and self._meanwhile is not None)
@@ -325,7 +326,6 @@ class Feed:
         for intake in behind:
             intake.moved()
         self._meanwhile = None
-        return True
 
     def _sort(self, records: Sequence[Record], behind: dict[Intake, list[Record]]) -> None:
         """Give the records of a page to the intakes that take part and want them."""
@@ -376,10 +376,14 @@ def _read_page(feeds: Sequence[Feed], after: int, reader: Reader) -> None:
             by_type.setdefault(record.type, []).append(record)
         for feed, number in waiting:
             feed.take(number, after, _of_types(page.records, by_type, feed.types), page.up_to, page.head)
-        together = [feed for feed in feeds if after < page.up_to == feed.wants_after()]
-        _read_page(together, page.up_to, reader)
+        together: list[Feed] = []
         for feed in feeds:
-            feed.read()
+            wanted = feed.wants_after()
+            if wanted is not None and after < page.up_to == wanted:
+                together.append(feed)
+            elif wanted is not None:
+                feed.read()
+        _read_page(together, page.up_to, reader)
 
     types = None if any(feed.types is None for feed in feeds) else tuple(type for feed in feeds for type in feed.types or ())
     reader.ask_then(Events(after, PAGE, PAGE_BYTES, types=types), then)

@@ -386,13 +386,13 @@ class Membership:
         self._follow_types(await self._reader.ask(Subscriptions()))
         last = self._known if self._dispatcher.head == self._head else None  # more has come meanwhile: the lanes must read
         waiting = by_lane(rows)
-        fitting = {name: fits(serving.serves(), serving.stored) for name, serving in self._dispatcher.servings.items()}
+        fitting = {serving for serving in {serving for serving, _ in claims} if fits(serving.serves(), serving.stored)}
         for (serving, _), state in zip(claims, states, strict=True):
             if state is None or epochs.get(key := (state.subscription, state.lane)) != state.epoch:
                 self.poke()  # another was first, or it was set back meanwhile and the rows are not those of its state
             elif self._dispatcher.servings.get(state.subscription) is not serving:
                 continue  # it has been removed here
-            elif not fitting[state.subscription]:
+            elif serving not in fitting:
                 self.poke()  # a type has joined that is not served here
             else:
                 self._dispatcher.add_lane(serving, state, waiting.get(key, ()), last, suspicions.get(key))

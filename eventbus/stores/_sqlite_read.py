@@ -109,7 +109,8 @@ def _page(connection: Connection, query: Events) -> Page:
     cut = kept < scanned or scanned >= query.limit
     records = records_of(rows)
     if types is not None and not ranges:  # here, so that none is passed by whose type was damaged
-        records = [record for record in records if record.type in types or record.fault is not None]
+        wanted = frozenset(types)
+        records = [record for record in records if record.type in wanted or record.fault is not None]
     return Page(records, last if cut and last is not None else end, head)
 
 
