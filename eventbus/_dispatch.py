@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from eventbus._environment import Environment
 from eventbus._intake import Budget, Feed, read_together, runs_by_type
 from eventbus._lanes import Lane
@@ -50,6 +52,7 @@ class Dispatcher:
         self.on_notice: Callable[[Notice], object] = lambda _notice: None
         self.on_renewal_due: Callable[[], object] = lambda: None
         self.on_lane_lost: Callable[[], object] = lambda: None
+        self.on_pause: Callable[[], object] = lambda: None
         self.declared: set[str] = set()
         """Names of the subscriptions of this program, dispatched or not."""
         self.closing = False
@@ -217,6 +220,18 @@ class Dispatcher:
             self.servings[stored.name].follow(stored)
         elif stored.name in self.others:
             self.others[stored.name] = (stored, self.others[stored.name][1])
+
+    def set_pause(self, name: str, reason: str | None) -> None:
+        """A pause or, with None, a resume from here is stored."""
+        serving = self.servings.get(name)
+        if serving is None:
+            if name in self.others:
+                stored, why = self.others[name]
+                self.others[name] = (msgspec.structs.replace(stored, paused=reason), why)
+        elif reason is None:
+            serving.resume()
+        elif serving.paused != reason:  # a step may have seen it first
+            serving.pause(reason)
 
     def note_others(self, stored: Iterable[Subscribed]) -> None:
         """Remember the stored subscriptions that are not dispatched here, and report those without a handler, once."""

@@ -154,9 +154,10 @@ class Elsewhere:
     def _hindrance(self, stored: Subscribed, record: Record) -> str | None:
         """Why nothing comes of an event for now, if so."""
         name = stored.name
-        if stored.paused is not None:
-            return f"paused: {stored.paused}"
         serving = self._dispatcher.servings.get(name)
+        paused = stored.paused if serving is None else serving.paused
+        if paused is not None:
+            return f"paused: {paused}"
         served = [m.serves[name] for m in self._membership.standing.members if name in m.serves]
         if not served and serving is None:
             return self._dispatcher.others.get(name, (stored, "no handler"))[1]

@@ -148,6 +148,7 @@ class Running:
             self.dispatcher.on_notice = self._on_notice
             self.dispatcher.on_renewal_due = self.membership.poke
             self.dispatcher.on_lane_lost = self._interrupt_replays
+            self.dispatcher.on_pause = self.elsewhere.stepped
             await recover(self.dispatcher, self.journal, self.membership, self.instance, wanted)
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -330,9 +331,8 @@ class Running:
 
     async def _pause(self, name: str, reason: str) -> None:
         await self.journal.command(Pause(name, reason))
-        serving = self.dispatcher.servings.get(name)
-        if serving is not None and serving.paused != reason:  # a step may have seen it first
-            serving.pause(reason)
+        self.dispatcher.set_pause(name, reason)
+        self._look_again()
 
     async def resume(self, name: str) -> None:
         """Deliver to a paused subscription again."""
@@ -341,9 +341,8 @@ class Running:
     async def _resume(self, name: str) -> None:
         await self.dispatcher.written()  # a pause, or an attempt, on its way to the store must not come after the resume
         await self.journal.command(Pause(name, None))
-        serving = self.dispatcher.servings.get(name)
-        if serving is not None:
-            serving.resume()
+        self.dispatcher.set_pause(name, None)
+        self._look_again()
 
     async def rewind(self, name: str, after: int) -> None:
         """Set a subscription's checkpoints back; its lanes begin again from there."""
@@ -353,6 +352,7 @@ class Running:
         serving = self.dispatcher.servings.get(name)
         if serving is None:
             await self.journal.command(Rewind(name, after))
+            self._look_again()
             return
         with serving.changing():
             await self.dispatcher.written()  # what was settled before the position stays so
@@ -374,3 +374,9 @@ class Running:
             self._interrupt_replays()
         self.dispatcher.declared.discard(name)
         self.dispatcher.note_others(await self.reader.ask(Subscriptions()))
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """A step that is under way may have looked before a subscription was changed from here, and nobody is told of what he
+        has written himself: the next step sees it, and tells those who wait."""
+        self.membership.poke()

@@ -380,6 +380,7 @@ class Serving:
             lane.recall()
             lane.tell_waiters()
         self.redriver.changed()
+        self._dispatcher.on_pause()
 
     def resume(self) -> None:
         """Give out deliveries again; what waits starts at attempt 1."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+
+from eventbus import _elsewhere as elsewhere_module
+from eventbus import _membership as membership_module
 
 
 @pytest.fixture
@@ -17,3 +21,10 @@ def db(tmp_path: Path) -> str:
 def any_db(request: pytest.FixtureRequest, db: str) -> str:
     """A store on disk, then one in memory; for promises that must hold on both."""
     return db if request.param == "file" else ":memory:"
+
+
+@pytest.fixture
+def no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits looks again only when he is told."""
+    monkeypatch.setattr(elsewhere_module, "PATIENCE", math.inf)
+    monkeypatch.setattr(membership_module, "PATIENCE", math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
@@ -12,14 +13,17 @@ import anyio.lowlevel
 import attrs
 from anyio.abc import TaskStatus
 
-from eventbus import EventBus
+from eventbus import Delivery, EventBus
 from eventbus._running import Running
 from eventbus.errors import StoreBusy
-from eventbus.stores.base import Batch, Command, Committed, Query
+from eventbus.stores.base import Batch, Command, Committed, Query, lane_of_slot, slot_of
 from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import Recorder
 
 T = TypeVar("T")
+
+LONG = 1_000.0
+"""A lease that is not renewed while a test runs, so that no step is taken but for a reason."""
 
 
 @attrs.frozen
@@ -58,8 +62,12 @@ async def opened(*shops: Shop) -> AsyncIterator[None]:
 
 
 def running(shop: Shop) -> Running:
-    assert shop.bus._running is not None
-    return shop.bus._running
+    return running_of(shop.bus)
+
+
+def running_of(bus: EventBus) -> Running:
+    assert bus._running is not None
+    return bus._running
 
 
 async def stay(bus: EventBus, leave: anyio.Event, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -112,3 +120,55 @@ class Refusing(SQLiteStore):
         if any(isinstance(command, self.refused) for command in batch.commands):
             raise StoreBusy("refused by the test")
         return super().commit(batch)
+
+
+class Gated(Shop):
+    """A shop whose handler waits until it is let go on: always, or in replays alone."""
+
+    def __init__(self, db: str, *, replays: bool = False) -> None:
+        super().__init__(db, order="key", concurrency=2, lease=LONG)
+        self.begun = Recorder()
+        self.go_on = anyio.Event()
+        self._replays = replays
+        self.bus = EventBus(db, lease=LONG)
+        self.bus.subscribe(Placed, name="stock", order="key", concurrency=2)(self.wait)
+
+    async def wait(self, event: Placed, delivery: Delivery) -> None:
+        self.begun.add(event.n)
+        if delivery.replaying or not self._replays:
+            await self.go_on.wait()
+        self.seen.add(event.n)
+
+
+class Held(Shop):
+    """A shop whose handler waits, for each event that has a gate, until that is opened."""
+
+    def __init__(self, db: str, concurrency: int, count: int) -> None:
+        super().__init__(db, order="key", concurrency=concurrency, lease=LONG)
+        self.begun = Recorder()
+        self.gates = [anyio.Event() for _ in range(count)]
+
+    async def handle(self, event: Placed | Paid) -> None:
+        self.begun.add(event.n)
+        await self.gates[event.n].wait()
+        self.seen.add(event.n)
+
+
+def key_in(lane: str, lanes: int) -> str:
+    """A key of which the events are in this lane."""
+    return next(key for key in map(str, itertools.count()) if str(lane_of_slot(slot_of(key), lanes)) == lane)
+
+
+def shop_of(db: str) -> Shop:
+    return Shop(db, order="key", concurrency=2, lease=LONG)
+
+
+async def publish(shop: Shop, count: int = 16) -> None:
+    for n in range(count):
+        await shop.bus.publish(Placed(n), key=n)
+
+
+async def quiet_work(shop: Shop) -> None:
+    """Work that asks the store for nothing, and takes longer than hundreds of questions."""
+    for n in range(100):
+        await shop.bus.publish(Paid(n))

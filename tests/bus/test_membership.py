@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -15,77 +13,31 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from eventbus import BusNotOpen, Delivery, Draft, Envelope, EventBus, HandlingFailed, LaneLost, Reject, RetryAfter, RetryPolicy
-from eventbus import _elsewhere as elsewhere_module
-from eventbus import _membership as membership_module
-from eventbus.stores.base import Batch, Beat, Claim, Committed, Query, Release, WaitingRows, lane_of_slot, slot_of
+from eventbus import BusNotOpen, Draft, Envelope, EventBus, LaneLost, Reject, RetryAfter, RetryPolicy
+from eventbus.stores.base import Batch, Beat, Claim, Committed, Query, Release, WaitingRows
 from eventbus.stores.sqlite import SQLiteStore
-from tests.bus.shops import Counting, Lapsing, Paid, Placed, Refusing, Shop, opened, running, stay, until
+from tests.bus.shops import (
+    LONG,
+    Counting,
+    Gated,
+    Held,
+    Lapsing,
+    Paid,
+    Placed,
+    Refusing,
+    Shop,
+    key_in,
+    opened,
+    publish,
+    quiet_work,
+    running,
+    shop_of,
+    stay,
+    until,
+)
 from tests.bus.support import Recorder
 
 T = TypeVar("T")
-
-LONG = 1_000.0
-"""A lease that is not renewed while a test runs, so that no step is taken but for a reason."""
-
-
-@pytest.fixture
-def no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits looks again only when he is told."""
-    monkeypatch.setattr(elsewhere_module, "PATIENCE", math.inf)
-    monkeypatch.setattr(membership_module, "PATIENCE", math.inf)
-
-
-class Gated(Shop):
-    """A shop whose handler waits until it is let go on: always, or in replays alone."""
-
-    def __init__(self, db: str, *, replays: bool = False) -> None:
-        super().__init__(db, order="key", concurrency=2, lease=LONG)
-        self.begun = Recorder()
-        self.go_on = anyio.Event()
-        self._replays = replays
-        self.bus = EventBus(db, lease=LONG)
-        self.bus.subscribe(Placed, name="stock", order="key", concurrency=2)(self.wait)
-
-    async def wait(self, event: Placed, delivery: Delivery) -> None:
-        self.begun.add(event.n)
-        if delivery.replaying or not self._replays:
-            await self.go_on.wait()
-        self.seen.add(event.n)
-
-
-class Held(Shop):
-    """A shop whose handler waits, for each event that has a gate, until that is opened."""
-
-    def __init__(self, db: str, concurrency: int, count: int) -> None:
-        super().__init__(db, order="key", concurrency=concurrency, lease=LONG)
-        self.begun = Recorder()
-        self.gates = [anyio.Event() for _ in range(count)]
-
-    async def handle(self, event: Placed | Paid) -> None:
-        self.begun.add(event.n)
-        await self.gates[event.n].wait()
-        self.seen.add(event.n)
-
-
-def key_in(lane: str, lanes: int) -> str:
-    """A key of which the events are in this lane."""
-    return next(key for key in map(str, itertools.count()) if str(lane_of_slot(slot_of(key), lanes)) == lane)
-
-
-def shop_of(db: str) -> Shop:
-    return Shop(db, order="key", concurrency=2, lease=LONG)
-
-
-async def publish(shop: Shop, count: int = 16) -> None:
-    for n in range(count):
-        await shop.bus.publish(Placed(n), key=n)
-
-
-async def quiet_work(shop: Shop) -> None:
-    """Work that asks the store for nothing, and takes longer than hundreds of questions."""
-    for n in range(100):
-        await shop.bus.publish(Paid(n))
 
 
 # ------------------------------------------------------------------ steps
@@ -509,130 +461,3 @@ async def test_a_replay_is_not_interrupted_by_another(db: str) -> None:
             while not any("stock" in member.holds for member in running(second).membership.standing.members[:1]):
                 await anyio.lowlevel.checkpoint()
             second.go_on.set()
-
-
-# ------------------------------------------------------------------ waiting for others
-
-
-@pytest.mark.usefixtures("no_second_look")
-async def test_handled_while_another_tries_again(db: str) -> None:
-    """`handled` asks for nothing while an event waits for its next attempt elsewhere."""
-    store, desk, seen, worker = Counting(db), EventBus(db, lease=LONG), Recorder(), EventBus(db, lease=LONG)
-
-    @worker.subscribe(Placed, name="stock", order="key", breaker=None, retry=RetryPolicy(first=60.0))
-    async def fail(placed: Placed) -> None:
-        seen.add(placed.n)
-        raise ValueError
-
-    async with worker, desk.open(store):
-        receipt = await desk.publish(Placed(1), key=1)
-        await seen.wait_for(1)
-        await worker.drain(0)
-        async with anyio.create_task_group() as group:
-            group.start_soon(receipt.handled)
-            while not desk._running.elsewhere._waits:  # type: ignore[union-attr]
-                await anyio.lowlevel.checkpoint()
-            before = store.reads
-            for n in range(100):
-                await desk.publish(Paid(n))
-            assert store.reads - before < 50
-            group.cancel_scope.cancel()
-
-
-async def test_handled_when_it_is_paused_here(db: str) -> None:
-    """Who waits for a lane of another instance is told at once of a pause from here."""
-    desk, worker = EventBus(db, lease=LONG), Gated(db)
-    async with worker.bus, desk:
-        receipt = await desk.publish(Placed(1))
-        await worker.begun.wait_for(1)
-        async with anyio.create_task_group() as group:
-
-            async def wait() -> None:
-                with pytest.raises(HandlingFailed, match="paused"):
-                    await receipt.handled(10)
-
-            group.start_soon(wait)
-            while not desk._running.elsewhere._waits:  # type: ignore[union-attr]
-                await anyio.lowlevel.checkpoint()
-            await desk.pause("stock")
-        worker.go_on.set()
-
-
-@pytest.mark.usefixtures("no_second_look")
-async def test_drain_while_another_is_busy(db: str) -> None:
-    """`drain` asks for nothing while an attempt runs elsewhere, and ends with it."""
-    store, first, second = Counting(db), shop_of(db), Gated(db)
-    async with first.bus.open(store), second.bus:
-        await until([first, second], 1, 1)
-        await publish(first)
-        await second.begun.wait_for(1)
-        async with anyio.create_task_group() as group:
-
-            async def drain() -> None:
-                assert await first.bus.drain(10) == {}
-                assert sorted(first.seen.seen + second.seen.seen) == list(range(16))
-
-            group.start_soon(drain)
-            while not running(first).elsewhere._waits:
-                await anyio.lowlevel.checkpoint()
-            before = store.reads
-            await quiet_work(first)
-            assert store.reads - before < 50
-            second.go_on.set()
-
-
-async def test_drain_waits_for_redrives_elsewhere(db: str) -> None:
-    """A dead letter that is redriven in the lane of another instance is waited for."""
-    shops = [Gated(db) for _ in range(2)]
-    broken, order = True, list[str]()
-
-    async def handle(placed: Placed) -> None:
-        if broken:
-            raise Reject("no stock")
-
-    async def slow(placed: Placed) -> None:
-        if broken:
-            raise Reject("no stock")
-        await shops[1].go_on.wait()
-
-    for shop, handler in zip(shops, (handle, slow), strict=True):
-        shop.bus = EventBus(db, lease=LONG)
-        shop.bus.subscribe(Placed, name="stock", order="key", concurrency=2)(handler)
-    async with opened(*shops):
-        await until(shops, 1, 1)
-        await publish(shops[0])
-        assert await shops[0].bus.drain(10) == {}
-        broken = False
-        async with anyio.create_task_group() as group:
-
-            async def drain() -> None:
-                assert await shops[0].bus.drain(10) == {}
-                order.append("drained")
-                assert await shops[0].bus.dead_letters.list() == []
-
-            assert await shops[0].bus.dead_letters.redrive(all=True) == 16
-            group.start_soon(drain)
-            while not running(shops[0]).elsewhere._waits and not order:
-                await anyio.lowlevel.checkpoint()
-            order.append("let go")
-            shops[1].go_on.set()
-    assert order == ["let go", "drained"]
-
-
-async def test_drain_does_not_wait_for_what_is_parked_elsewhere(db: str) -> None:
-    """Keys that are parked in the lanes of another instance, or here while others have lanes too, are left."""
-    shops = [Shop(db, order="key", concurrency=2) for _ in range(2)]
-
-    async def fail(_placed: Placed) -> None:
-        raise Reject("no stock")
-
-    for shop in shops:
-        shop.bus = EventBus(db)
-        shop.bus.subscribe(Placed, name="stock", order="key", concurrency=2, on_exhausted="park")(fail)
-    async with opened(*shops):
-        await until(shops, 1, 1)
-        await publish(shops[0])
-        await publish(shops[0])
-        with anyio.fail_after(10):
-            for shop in shops:
-                assert await shop.bus.drain() == {"stock": 16}
