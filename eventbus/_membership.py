@@ -207,7 +207,8 @@ class Membership:
         """See how all stand and what is in the log, and do as others have done."""
         lanes = self._dispatcher.lanes()
         self.standing = standing = await self._reader.ask(Stand())
-        self._journal.notice_every = math.inf if not self._shared else NOTICE_ALONE if self.is_alone() else NOTICE_INTERVAL
+        every = NOTICE_ALONE if self.is_alone() else NOTICE_INTERVAL
+        self._journal.notice_every = min(every, self._lease / RENEWALS) if self._shared else math.inf
         self._follow(standing, before)
         self._give_up(standing, lanes)
         self._head, self._known = self._dispatcher.head, await self._reader.ask(Types())

@@ -197,6 +197,15 @@ async def test_a_lease_that_lapses_while_its_renewal_waits(db: str) -> None:
         assert await shop.seen.wait_for(1) == [1]
 
 
+async def test_a_short_lease_of_one_that_is_alone(db: str) -> None:
+    """Who is alone looks around seldom, but never so seldom that its lease would end before it is renewed."""
+    for lease in (0.1, LONG):
+        shop = Shop(db, lease=lease)
+        async with shop.bus:
+            assert running(shop).membership.is_alone()
+            assert running(shop).journal.notice_every <= lease / 3
+
+
 # ------------------------------------------------------------------ claims
 
 
