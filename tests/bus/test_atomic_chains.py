@@ -99,7 +99,7 @@ async def test_only_with_the_ack() -> None:
         assert await events(bus, Two) == []
         assert (await bus.status(receipt.id))["one"] == "pending"
         gate.set()
-        await receipt.handled(timeout=5)
+        await receipt.handled(timeout=20)
         assert await events(bus, Two) == [Two(1), Two(2)]
         assert (await bus.status(receipt.id))["one"] == "handled"
 
@@ -140,7 +140,7 @@ async def test_dead_letters_publish_nothing() -> None:
 
     async with bus:
         await bus.publish(One(1))
-        await bus.drain(timeout=5)
+        await bus.drain(timeout=20)
         assert len(await bus.dead_letters.list()) == 1
         assert await events(bus, Two) == []
 
@@ -172,7 +172,7 @@ async def test_timed_out_attempts_publish_nothing() -> None:
         await failed.wait_for(2)
         gate.set()
         await late.wait_for(1)
-        await bus.drain(timeout=5)
+        await bus.drain(timeout=20)
         assert await events(bus, Two) == []
         assert sorted(letter.subscription for letter in await bus.dead_letters.list()) == ["slow", "stuck"]
 
@@ -192,7 +192,7 @@ async def test_after_the_attempt() -> None:
 
     async with bus:
         receipt = await bus.publish(One(1))
-        await receipt.handled(timeout=5)
+        await receipt.handled(timeout=20)
         with pytest.raises(BusNotOpen, match="over"):
             kept[0].publish(Two(1))
         assert await events(bus, Two) == []
@@ -211,7 +211,7 @@ async def test_bus_publish_is_independent() -> None:
 
     async with bus:
         await bus.publish(One(1))
-        await bus.drain(timeout=5)
+        await bus.drain(timeout=20)
         (letter,) = await bus.dead_letters.list()
         assert letter.error_type == "Reject"
         assert await events(bus, Two) == [Two(1)]
@@ -231,7 +231,7 @@ async def test_wrong_results(result: object) -> None:
 
     async with bus:
         await bus.publish(One(1))
-        await bus.drain(timeout=5)
+        await bus.drain(timeout=20)
         (letter,) = await bus.dead_letters.list()
         assert letter.error_type == "TypeError"
         assert "'one' returned" in letter.error
@@ -249,7 +249,7 @@ async def test_empty_results(result: object) -> None:
 
     async with bus:
         receipt = await bus.publish(One(1))
-        await receipt.handled(timeout=5)
+        await receipt.handled(timeout=20)
 
 
 @pytest.mark.parametrize("order", ["type", "key", "log", "none"])
@@ -267,7 +267,7 @@ async def test_conflicts_dead_letter(any_db: str, order: Any) -> None:
     async with bus:
         await bus.publish(Two(0, "first"), idempotency_key="taken")
         await bus.publish_many([One(n) for n in range(3)])
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         (letter,) = await bus.dead_letters.list()
         assert (letter.error_type, letter.attempts, letter.envelope.event) == ("IdempotencyConflict", 1, One(1))
         assert "taken" in letter.error
@@ -290,7 +290,7 @@ async def test_conflict_in_one_batch() -> None:
     handler("b")
     async with bus:
         await bus.publish(One(1))
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         (letter,) = await bus.dead_letters.list()
         (two,) = await events(bus, Two)
         assert isinstance(two, Two)
@@ -369,7 +369,7 @@ async def test_stopped_inside_an_attempt(db: str) -> None:
         await started.wait_for(1)
     block = False
     async with bus:
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         assert started.seen == [1, 1]
         assert await events(bus, Two) == [Two(1)]
         assert await events(bus, Three) == [Three(1)]

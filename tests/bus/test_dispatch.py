@@ -42,7 +42,7 @@ async def test_publishing_only_registers(db: str, order: str) -> None:
         assert await bus.drain(1) == {}
     assert not seen["one"].seen
     async with bus:
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert await states(bus) == {"one": "running", "two": "running"}
     for recorder in seen.values():
         assert sorted(placed.n for placed in recorder.seen) == [0, 1, 2]
@@ -53,11 +53,11 @@ async def test_a_list_of_names_and_handlers(db: str) -> None:
     bus, seen = a_bus(db, "one", "two", "three")
     async with bus.open(dispatch=["one", seen["two"].note]):
         await bus.publish(Placed(1))
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert await states(bus) == {"one": "running", "three": "not dispatched here", "two": "running"}
     assert [len(recorder.seen) for recorder in seen.values()] == [1, 1, 0]
     async with bus.open(dispatch=["three"]):
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     assert [len(recorder.seen) for recorder in seen.values()] == [1, 1, 1]
 
 
@@ -91,7 +91,7 @@ async def test_one_program_publishes_and_another_handles(db: str) -> None:
         await publisher.publish(Placed(1))
         assert await states(publisher) == {"one": "no handler"}
     async with worker:
-        assert await worker.drain(5) == {}
+        assert await worker.drain(20) == {}
     assert seen["one"].seen == [Placed(1)]
 
 
@@ -121,13 +121,13 @@ async def test_retries_and_dead_letters_wait_for_who_dispatches(db: str) -> None
 
     async with bus:
         await bus.publish(Placed(1))
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     async with bus.open(dispatch=False):
         assert await bus.dead_letters.redrive(all=True) == 1
         assert await bus.drain(1) == {}
     assert attempts.seen == [1, 1]
     broken = False
     async with bus:
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert await bus.dead_letters.list() == []
     assert attempts.seen == [1, 1, 1]

@@ -329,7 +329,7 @@ async def test_patterns(any_db: str) -> None:
     async with bus:
         for _ in range(2):
             await bus.publish_many(events)
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
     assert sorted(map(str, recorder.seen)) == sorted(map(str, expected * 2))
 
 
@@ -359,7 +359,7 @@ async def test_patterns_in_every_order(db: str, order: Any) -> None:
                 for _ in range(4):
                     group.start_soon(publish, kinds.pop())
             if dispatch:
-                assert await bus.drain(timeout=5) == {}
+                assert await bus.drain(timeout=20) == {}
                 assert sorted(recorder.seen) == sorted(published)
     assert len(recorder.seen) == 60
 
@@ -422,7 +422,7 @@ async def test_subclasses() -> None:
     async with bus:
         await bus.publish_many([Animal("a"), Dog("d", 3), Animal("b")])
         assert await animals.wait_for(3) == [Animal("a"), Dog("d", 3), Animal("b")]
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         assert dogs.seen == [Dog("d", 3)]
 
 
@@ -489,10 +489,10 @@ async def test_subclasses_that_come_up_later(any_db: str, order: Any, where: str
         if where == "outside":
             receipts = [await bus.publish(make(n)(10 + n)) for n in (1, 2, 3)]
             for receipt in receipts:
-                await receipt.handled(timeout=5)
+                await receipt.handled(timeout=20)
         else:
             await bus.publish(Go())
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         assert sorted(each.x for each in recorder.seen) == [0, 1, 11, 12, 13]
         assert {type(each).__name__ for each in recorder.seen} == {"Base", "Before", "Late1", "Late2", "Late3"}
 
@@ -545,7 +545,7 @@ async def test_subclass_first_published_without_dispatch(db: str) -> None:
 
         receipt = await bus.publish(Later(1))
         with pytest.raises(HandlingFailed) as caught:
-            await receipt.handled(timeout=5)
+            await receipt.handled(timeout=20)
         assert list(caught.value.blocked.values()) == ["not dispatched here"]
     async with bus:
         assert await recorder.wait_for(1) == [Later(1)]
@@ -573,7 +573,7 @@ async def test_a_subclass_that_cannot_join_at_once(order: Any) -> None:
             await bus.publish(Later(0))
         # At once: the registration goes before whatever is stored next, or this event would be missed.
         receipt = await bus.publish(Later(1))
-        await receipt.handled(timeout=5)
+        await receipt.handled(timeout=20)
         assert Later(1) in recorder.seen
 
 

@@ -64,7 +64,7 @@ async def test_held_back(order: str) -> None:
     bus, gate, other = bus_with(order)
     async with bus:
         await bus.publish_many([Placed(n) for n in range(3)])
-        await bus.drain(5)
+        await bus.drain(20)
         gate.seen.seen.clear()
         async with anyio.create_task_group() as group:
             group.start_soon(replay, bus)
@@ -72,7 +72,7 @@ async def test_held_back(order: str) -> None:
             await bus.publish_many([Placed(n) for n in range(3, 6)])
             await other.wait_for(6)
             gate.open.set()
-        await bus.drain(5)
+        await bus.drain(20)
     assert sorted(gate.seen.seen[:3]) == [(n, True) for n in range(3)]
     assert sorted(gate.seen.seen[3:]) == [(n, False) for n in range(3, 6)]
 
@@ -91,7 +91,7 @@ async def test_plain_handler() -> None:
 
     async with bus:
         await bus.publish(Placed(0))
-        await bus.drain(5)
+        await bus.drain(20)
         first = (await bus.publish_many([Placed(n) for n in range(1, 5)]))[0]
         await anyio.to_thread.run_sync(begun.wait)
         serving = bus._open().dispatcher.servings["h"]
@@ -100,7 +100,7 @@ async def test_plain_handler() -> None:
             while serving.exclusive is None:
                 await anyio.lowlevel.checkpoint()
             go_on.set()
-        await bus.drain(5)
+        await bus.drain(20)
     assert seen.seen == [(0, False), (1, False), (0, True), (1, True), (2, False), (3, False), (4, False)]
 
 
@@ -117,7 +117,7 @@ async def test_however_it_ends(end: str) -> None:
 
     async with bus:
         await bus.publish(Placed(0))
-        await bus.drain(5)
+        await bus.drain(20)
         gate.seen.seen.clear()
         after.seen.clear()
         try:
@@ -133,7 +133,7 @@ async def test_however_it_ends(end: str) -> None:
         except* (LookupError, UnknownSubscription):
             assert end != "cancel"
         gate.open.set()  # the end of the replay may have cut the group short
-        await bus.drain(5)
+        await bus.drain(20)
     assert after.seen == [Placed(0), Placed(1)]
     assert end == "remove" or gate.seen.seen == [(0, True), (1, False)]
 
@@ -144,21 +144,21 @@ async def test_redrives_and_other_replays() -> None:
     async with bus:
         gate.error = ValueError()
         await bus.publish(Placed(0))
-        await bus.drain(5)
+        await bus.drain(20)
         gate.error = None
         await bus.publish(Placed(1))
-        await bus.drain(5)
+        await bus.drain(20)
         gate.seen.seen.clear()
         async with anyio.create_task_group() as group:
             group.start_soon(replay, bus, {"after": 1})
             await gate.seen.wait_for(1)
             await bus.dead_letters.redrive(all=True)
-            assert await bus.drain(5) == {"h": 1}
+            assert await bus.drain(20) == {"h": 1}
             group.start_soon(lambda: bus.replay(until=1))
             await anyio.wait_all_tasks_blocked()
             assert gate.seen.seen == [(1, True)]
             gate.open.set()
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert await bus.dead_letters.list() == []
     assert sorted(gate.seen.seen[1:]) == [(0, False), (0, True)]
 
@@ -173,7 +173,7 @@ async def test_those_who_wait() -> None:
 
     async with bus:
         await bus.publish(Placed(0))
-        await bus.drain(5)
+        await bus.drain(20)
         async with anyio.create_task_group() as group:
             group.start_soon(replay, bus, {"progress": ask})
             await gate.seen.wait_for(2)
@@ -182,7 +182,7 @@ async def test_those_who_wait() -> None:
                 await receipt.handled()
             assert await bus.drain() == {"h": 1}
             gate.open.set()
-        await receipt.handled(5)
+        await receipt.handled(20)
     assert caught.value.blocked == {"h": "held back by an exclusive replay"}
     assert inside == [{"h": 1}]
 
@@ -192,7 +192,7 @@ async def test_one_at_a_time() -> None:
     bus, gate, _ = bus_with()
     async with bus:
         await bus.publish(Placed(0))
-        await bus.drain(5)
+        await bus.drain(20)
         async with anyio.create_task_group() as group:
             group.start_soon(replay, bus)
             await gate.seen.wait_for(2)
@@ -210,14 +210,14 @@ async def test_stop(tmp_path: Path) -> None:
     with pytest.raises(ExceptionGroup) as ended:
         async with anyio.create_task_group() as group, bus.open(stop_timeout=0):
             await bus.publish(Placed(0))
-            await bus.drain(5)
+            await bus.drain(20)
             group.start_soon(replay, bus)
             await gate.seen.wait_for(2)
             await bus.publish_many([Placed(1), Placed(2)])
     assert ended.group_contains(BusNotOpen)
     bus, gate, _ = bus_with(db=db)
     async with bus:
-        await bus.drain(5)
+        await bus.drain(20)
     assert gate.seen.seen == [(1, False), (2, False)]
 
 
@@ -226,7 +226,7 @@ async def test_memory() -> None:
     bus, gate, _ = bus_with()
     async with bus:
         await bus.publish(Placed(0))
-        await bus.drain(5)
+        await bus.drain(20)
         gate.seen.seen.clear()
         async with anyio.create_task_group() as group:
             group.start_soon(replay, bus)

@@ -79,7 +79,7 @@ async def test_correlation_and_causation() -> None:
             "returned": chain,
             "draft": {**chain, "own": "1"},
         }
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         all_ = [envelope async for envelope in bus.history()]
         seconds = [envelope.id for envelope in all_ if envelope.type == "Second"]
         thirds = [envelope for envelope in all_ if envelope.type == "Third"]
@@ -98,7 +98,7 @@ async def test_in_threads() -> None:
 
     async with bus:
         receipt = await bus.publish(First())
-        await receipt.handled(timeout=5)
+        await receipt.handled(timeout=20)
         found = await by_type(bus)
         for name in ("Second", "Third"):
             assert dict(found[name].headers) == {"correlation_id": receipt.id, "causation_id": receipt.id}
@@ -117,7 +117,7 @@ async def test_started_chain() -> None:
             receipt = await bus.publish(First())
             with headers(tenant="u"):
                 await bus.publish(Third(), headers={"correlation_id": "c-2"})
-        await receipt.handled(timeout=5)
+        await receipt.handled(timeout=20)
         found = await by_type(bus)
         assert dict(found["First"].headers) == {"correlation_id": "c-1", "tenant": "t"}
         assert dict(found["Second"].headers) == {"correlation_id": "c-1", "causation_id": receipt.id}
@@ -165,7 +165,7 @@ async def test_where_the_bus_was_opened(plain: bool) -> None:
         async with bus:
             with headers(correlation_id="c-1"):
                 receipt = await bus.publish(First(), headers={"tenant": "u"})
-            await receipt.handled(timeout=5)
+            await receipt.handled(timeout=20)
             found = await by_type(bus)
             assert dict(found["Second"].headers) == {"correlation_id": "c-1", "causation_id": receipt.id}
 
@@ -186,7 +186,7 @@ async def test_same_in_every_attempt() -> None:
 
     async with bus:
         receipt = await bus.publish(First())
-        await receipt.handled(timeout=5)
+        await receipt.handled(timeout=20)
         found = await by_type(bus)
         assert dict(found["Second"].headers) == {"correlation_id": receipt.id, "causation_id": receipt.id}
 

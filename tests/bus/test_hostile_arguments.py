@@ -47,7 +47,7 @@ async def test_a_bad_argument_harms_nobody(any_db: str, number: int) -> None:
     async with bus:
         with contextlib.suppress(EventBusError):
             assert await CALLS[number](bus) is False
-        await (await bus.publish(Placed(2))).handled(timeout=5)
+        await (await bus.publish(Placed(2))).handled(timeout=20)
     assert recorder.seen == [Placed(2)]
 
 

@@ -37,8 +37,8 @@ async def test_same_key_again(any_db: str) -> None:
         again = await bus.publish(Paid("o-1"), idempotency_key="k")
         assert (again.id, again.position, again.duplicate) == (first.id, first.position, True)
         assert not first.duplicate
-        await again.handled(timeout=5)
-        await bus.drain(timeout=5)
+        await again.handled(timeout=20)
+        await bus.drain(timeout=20)
         assert recorder.seen == [Paid("o-1")]
         assert await count(bus) == 1
 
@@ -194,7 +194,7 @@ async def test_in_handlers(any_db: str) -> None:
     bus.subscribe(Refunded)(recorder.note)
     async with bus:
         await bus.publish_many([Paid("o-1"), Paid("o-1"), Paid("o-2"), Paid("o-1")])
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         assert recorder.seen == [Refunded("o-1"), Refunded("o-2")]
         assert await bus.dead_letters.list() == []
 

@@ -672,7 +672,7 @@ async def test_who_waits_inside_a_lane_that_was_lost(db: str) -> None:
             while not lane.closed:
                 await anyio.lowlevel.checkpoint()
         go_on.set()
-        assert await ended.wait_for(2, timeout=5)
+        assert await ended.wait_for(2, timeout=20)
         assert await bus.drain(10) == {}
 
 

@@ -73,7 +73,7 @@ async def test_one_bus_can_be_opened_again_and_again(any_db: str) -> None:
     bus.subscribe(Placed, name="h")(recorder.note)
     for n in range(3):
         async with bus:
-            await (await bus.publish(Placed(n))).handled(5)
+            await (await bus.publish(Placed(n))).handled(20)
         with pytest.raises(BusNotOpen):
             await bus.publish(Placed(99))
     assert recorder.seen == [Placed(0), Placed(1), Placed(2)]
@@ -182,7 +182,7 @@ async def test_a_restart_delivers_what_was_not_settled_and_only_that(db: str, or
         second.add(placed.n)
 
     async with again:
-        assert await again.drain(5) == {}
+        assert await again.drain(20) == {}
     assert second.seen == [5, 6, 7, 8, 9]
 
 
@@ -208,7 +208,7 @@ async def test_a_release_is_not_counted(db: str, order: str) -> None:
     assert attempts.seen == [1, 2]
     hang = False
     async with bus:
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     assert attempts.seen == [1, 2, 2]
 
 
@@ -250,7 +250,7 @@ async def test_leaving_lets_a_running_attempt_finish(db: str) -> None:
         await running.wait()
     assert done.seen == [1]
     async with bus:
-        await bus.drain(5)
+        await bus.drain(20)
     assert done.seen == [1]
     assert_gone(db)
 
@@ -277,7 +277,7 @@ async def test_what_a_finishing_handler_publishes_is_stored(db: str) -> None:
         await bus.publish(Placed(1))
         await running.wait()
     async with bus:
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     assert seen.seen == [Child(1), Child(2)]
 
 
@@ -350,7 +350,7 @@ async def test_cancelling_the_scope_around_the_bus(db: str) -> None:
     assert seen.seen == [0]
     assert_gone(db)
     async with bus:
-        await bus.drain(5)
+        await bus.drain(20)
     assert seen.seen == [0, 1, 2]
 
 
@@ -408,7 +408,7 @@ async def test_cancelling_the_task_by_asyncio(db: str, times: int) -> None:
     assert seen.seen == [0]
     assert_gone(db)
     async with bus:
-        await bus.drain(5)
+        await bus.drain(20)
     assert seen.seen == [0, 1, 2]
 
 
@@ -437,7 +437,7 @@ async def test_a_cancelled_publish_is_decided_before_the_bus_is_gone(db: str) ->
                     for _ in range(n % 4):
                         await checkpoint()
                     scope.cancel()
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         stored = [envelope.event async for envelope in bus.history()]
     assert seen.seen == stored
 
@@ -475,7 +475,7 @@ async def test_a_handler_that_exits_stops_the_bus(db: str, error: type[BaseExcep
     assert attempts.seen == [1]
     assert_gone(db)
     async with bus:
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     assert attempts.seen == [1, 2]
 
 
@@ -540,7 +540,7 @@ async def test_a_thread_that_will_not_end_is_named_and_left_behind(db: str, capl
     running.seen[0].join(5)
     assert_gone(db)
     async with bus:
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     assert attempts.seen == [1, 1]
 
 
@@ -632,7 +632,7 @@ async def test_nobody_waits_for_ever_on_a_bus_that_closes(db: str, waiter: str) 
             if waiter != "scheduled":
                 await running.wait()
             if not hang:
-                await bus.drain(5)
+                await bus.drain(20)
             hang = True
             if waiter == "redrive":
                 await bus.dead_letters.redrive(all=True)
@@ -792,7 +792,7 @@ def test_ctrl_c_twice(db: str) -> None:
 
     async def again() -> None:
         async with bus:
-            assert await bus.drain(5) == {}
+            assert await bus.drain(20) == {}
 
     anyio.run(again)
     assert seen.seen == [Placed(1)]
@@ -813,7 +813,7 @@ class Service:
         """Open, publish, close."""
         async with self.bus:
             self.receipts.append(await self.bus.publish(Placed(1)))
-            await self.bus.drain(timeout=5)
+            await self.bus.drain(timeout=20)
 
 
 async def test_a_closed_bus_is_collected() -> None:

@@ -87,7 +87,7 @@ async def test_other_thread(call: Callable[[EventBus], Awaitable[object]]) -> No
 
     def run() -> None:
         async def use() -> None:
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 await call(bus)
 
         try:
@@ -112,7 +112,7 @@ async def test_receipt_elsewhere() -> None:
 
     def run() -> None:
         try:
-            asyncio.run(receipts[0].handled(timeout=2))
+            asyncio.run(receipts[0].handled(timeout=20))
         except BaseException as error:
             errors.add(error)
         else:
@@ -123,8 +123,8 @@ async def test_receipt_elsewhere() -> None:
         threading.Thread(target=run, daemon=True).start()
         (error,) = await errors.wait_for(1)
         assert isinstance(error, WrongLoop), repr(error)
-    with anyio.fail_after(5), pytest.raises(EventBusError):
-        await receipts[0].handled(timeout=2)
+    with anyio.fail_after(20), pytest.raises(EventBusError):
+        await receipts[0].handled(timeout=20)
 
 
 async def test_handled_of_a_closed_bus(db: str) -> None:
@@ -133,10 +133,10 @@ async def test_handled_of_a_closed_bus(db: str) -> None:
     bus.subscribe(Placed, name="take")(Recorder().note)
     async with bus.open(dispatch=False):
         receipt = await bus.publish(Placed())
-    with anyio.fail_after(5), pytest.raises(BusNotOpen):
+    with anyio.fail_after(20), pytest.raises(BusNotOpen):
         await receipt.handled()
     async with bus:
-        with anyio.fail_after(5), pytest.raises(BusNotOpen):
+        with anyio.fail_after(20), pytest.raises(BusNotOpen):
             await receipt.handled()
 
 

@@ -233,7 +233,7 @@ async def test_order_none_runs_up_to_concurrency_at_once(db: str) -> None:
             await anyio.lowlevel.checkpoint()
         assert len(recorder.seen) == 5
         go_on.set()
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
     assert most == 5
     assert sorted(recorder.seen) == list(range(40))
 
@@ -251,10 +251,10 @@ async def test_order_none_with_threads_runs_up_to_concurrency_at_once(db: str) -
 
     async with bus:
         await bus.publish_many([Number("a", n) for n in range(60)])
-        await recorder.wait_for(58, timeout=4)
+        await recorder.wait_for(58, timeout=20)
         assert set(recorder.seen) == set(range(2, 60))
         others_done.set()
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
 
 
 async def test_lanes_of_keys_run_beside_each_other(db: str) -> None:
@@ -275,7 +275,7 @@ async def test_lanes_of_keys_run_beside_each_other(db: str) -> None:
         await bus.publish_many([Number(f"k{n % 50}", n) for n in range(200)])
         assert max(await recorder.wait_for(4)) == 4
         go_on.set()
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         assert (await bus.dead_letters.list()) == []
 
 
@@ -326,7 +326,7 @@ async def test_an_event_that_takes_long_does_not_stop_the_checkpoint(db: str, mo
     async with bus.open(stop_timeout=0):
         receipts = await bus.publish_many([Number("a", n) for n in range(50)])
         assert await first.wait_for(49) == list(range(1, 50))
-        await receipts[-1].handled(timeout=2)
+        await receipts[-1].handled(timeout=20)
         assert read(db, "SELECT checkpoint FROM lanes") >= 30
     slow_once = False
     async with make(second):
@@ -351,7 +351,7 @@ async def test_what_has_a_row_and_is_given_back_comes_again(db: str, monkeypatch
         await bus.pause(handle)
         gate.set()
         await bus.resume(handle)
-        assert await bus.drain(timeout=2) == {}
+        assert await bus.drain(timeout=20) == {}
     assert sorted(recorder.seen) == list(range(20))
 
 
@@ -389,7 +389,7 @@ async def test_what_is_given_back_is_not_passed_by_the_checkpoint(db: str) -> No
         await both.wait()
     assert seen == [(1, 1)]
     async with make(block=False) as bus:
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
     assert seen == [(1, 1), (0, 1)]
 
 
@@ -413,11 +413,11 @@ async def test_what_is_done_above_the_checkpoint_is_stored(db: str) -> None:
     async with bus.open(stop_timeout=0):
         await bus.publish(Number("a", 0))
         receipt = await bus.publish(Number("b", 1))
-        await receipt.handled(timeout=2)
+        await receipt.handled(timeout=20)
         assert str(receipt.position) in read(db, "SELECT done FROM lanes")
     block = False
     async with make() as bus:
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
     assert seen == [1, 0]
 
 
@@ -553,7 +553,7 @@ async def test_random_programs_keep_order_and_settle_once(program: Program) -> N
                 opening = checked.bus(path).open(stop_timeout=0)
                 bus = await opening.__aenter__()
         try:
-            assert await bus.drain(timeout=3) == {}
+            assert await bus.drain(timeout=20) == {}
             log = [e async for e in bus.history()]
             letters = await bus.dead_letters.list()
         finally:

@@ -153,7 +153,7 @@ async def test_nothing_behind() -> None:
         await bus.dead_letters.discard(all=True)
         await bus.drain()
         assert (await bus.stats()).subscriptions["till"].retrying == 0
-        await (await bus.publish(Booked("a", 2))).handled(timeout=5)
+        await (await bus.publish(Booked("a", 2))).handled(timeout=20)
     assert till.seen == [2]
 
 
@@ -205,10 +205,10 @@ async def test_damaged(db: str) -> None:
     with contextlib.closing(sqlite3.connect(db)) as connection, connection:
         connection.execute("UPDATE events SET data = replace(CAST(data AS TEXT), '1', '7') WHERE position = 1")
     async with bus:
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert (await bus.stats()).subscriptions["till"].parked == 0
         assert await bus.dead_letters.discard(all=True) == 1
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert await bus.dead_letters.list() == []
     assert till.tried.seen == [2]
 
@@ -304,7 +304,7 @@ async def test_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         await bus.drain()
         receipt = await bus.publish(Booked("other", 4))
         with pytest.raises(HandlingFailed) as caught:
-            await receipt.handled(timeout=5)
+            await receipt.handled(timeout=20)
         assert await bus.drain() == {"till": 1}
         await bus.dead_letters.discard(all=True)
         assert await bus.drain() == {}

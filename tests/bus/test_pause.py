@@ -68,15 +68,15 @@ async def test_an_exhausted_delivery_pauses_the_subscription(any_db: str, order:
         second = await bus.publish(Task("b", 2))
         for receipt in (first, second):
             with pytest.raises(HandlingFailed, match="paused"):
-                await receipt.handled(timeout=2)
-        assert set(await bus.drain(timeout=2)) == {"s"}
+                await receipt.handled(timeout=20)
+        assert set(await bus.drain(timeout=20)) == {"s"}
         stats = (await bus.stats()).subscriptions["s"]
         assert (stats.state, stats.reason, stats.lag, stats.dead) == ("paused", "ValueError: broken", 2, 0)
         assert broken.attempts.seen == [(1, 1), (1, 2)]
         broken.mended = True
         await bus.resume("s")
-        await first.handled(timeout=2)
-        await second.handled(timeout=2)
+        await first.handled(timeout=20)
+        await second.handled(timeout=20)
         assert (await bus.stats()).subscriptions["s"].state == "running"
         assert await bus.dead_letters.list() == []
     assert sorted(broken.attempts.seen[2:]) == [(1, 1), (2, 1)]
@@ -95,13 +95,13 @@ async def test_a_pause_lasts_over_a_restart(db: str, order: Order) -> None:
     bus, _ = pausing(db, broken, order)
     async with bus:
         await bus.publish(Task("a", 3))
-        assert set(await bus.drain(timeout=2)) == {"s"}
+        assert set(await bus.drain(timeout=20)) == {"s"}
         (info,) = await bus.subscriptions()
         assert (info.state, info.reason) == ("paused", "ValueError: broken")
         assert broken.attempts.seen == []
         broken.mended = True
         await bus.resume("s")
-        assert await bus.drain(timeout=2) == {}
+        assert await bus.drain(timeout=20) == {}
     assert sorted(broken.attempts.seen) == [(1, 1), (2, 1), (3, 1)]
     if order != "none":
         assert broken.attempts.seen == [(1, 1), (2, 1), (3, 1)]
@@ -137,7 +137,7 @@ async def test_a_resume_is_not_undone_by_the_pause_before_it(db: str, order: Ord
         await bus_is_paused
         (info,) = await bus.subscriptions()
         assert info.state == "running"
-        assert await bus.drain(timeout=2) == {}
+        assert await bus.drain(timeout=20) == {}
     async with pausing(db, broken, order)[0] as bus:
         (info,) = await bus.subscriptions()
         assert (info.state, info.reason) == ("running", None)
@@ -169,16 +169,16 @@ async def test_a_pause_by_hand(db: str) -> None:
         await bus.pause("s")
         go_on.set()
         assert await other.wait_for(3) == [0, 1, 2]
-        assert await bus.drain(timeout=2) == {"s": 2}
+        assert await bus.drain(timeout=20) == {"s": 2}
         assert (await bus.status(receipts[0].id))["s"] == "handled"
         assert (await bus.stats()).subscriptions["s"].state == "paused"
     async with make() as bus:
         await bus.publish(Task("a", 3))
         assert await other.wait_for(4) == [0, 1, 2, 3]
-        assert await bus.drain(timeout=2) == {"s": 3}
+        assert await bus.drain(timeout=20) == {"s": 3}
         assert started.seen == [0]
         await bus.resume("s")
-        assert await bus.drain(timeout=2) == {}
+        assert await bus.drain(timeout=20) == {}
     assert started.seen == [0, 1, 2, 3]
 
 
@@ -199,10 +199,10 @@ async def test_a_pause_stops_a_run_of_plain_handlers(db: str, monkeypatch: pytes
         await seen.wait_for(1)
         await bus.pause("s")
         go_on.set()
-        assert await bus.drain(timeout=2) == {"s": 49}
+        assert await bus.drain(timeout=20) == {"s": 49}
         assert seen.seen == [0]
         await bus.resume("s")
-        assert await bus.drain(timeout=2) == {}
+        assert await bus.drain(timeout=20) == {}
     assert seen.seen == list(range(50))
 
 
@@ -234,7 +234,7 @@ async def test_exhausted_by_a_rejection_is_a_dead_letter_all_the_same(db: str) -
     bus, pauses = pausing(db, handle)
     async with bus:
         await bus.publish(Task("a", 1))
-        assert await bus.drain(timeout=2) == {}
+        assert await bus.drain(timeout=20) == {}
         assert len(await bus.dead_letters.list()) == 1
         assert (await bus.stats()).subscriptions["s"].state == "running"
     assert pauses.recorder.seen == []

@@ -177,7 +177,7 @@ async def test_handled_waits_for_all() -> None:
         with pytest.raises(WaitTimeout):
             await receipt.handled(timeout=0.05)
         gate.set()
-        await receipt.handled(timeout=5)
+        await receipt.handled(timeout=20)
         assert recorder.seen == [Placed("o-1"), "slow"]
 
 
@@ -195,10 +195,10 @@ async def test_handled_at_first_sight_of_a_type() -> None:
         with pytest.raises(WaitTimeout):
             await receipt.handled(timeout=0.05)
         gate.set()
-        await receipt.handled(timeout=5)
+        await receipt.handled(timeout=20)
         assert seen == ["Placed"]
         await bus.publish(Basket())
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         assert seen == ["Placed", "Basket"]
 
 
@@ -213,7 +213,7 @@ async def test_handled_says_what_failed() -> None:
     async with bus:
         receipt = await bus.publish(Placed("o-1"))
         with pytest.raises(HandlingFailed) as caught:
-            await receipt.handled(timeout=5)
+            await receipt.handled(timeout=20)
         (letter,) = caught.value.dead_letters
         assert (letter.subscription, letter.error_type, letter.error) == ("refuse", "Reject", "not today")
 
@@ -477,7 +477,7 @@ async def test_bad_event_in_a_handler_fails_that_attempt_only() -> None:
     async with bus:
         receipts = await bus.publish_many([Placed("good"), Placed("bad"), Placed("good")])
         await recorder.wait_for(2)
-        await receipts[2].handled(timeout=5)
+        await receipts[2].handled(timeout=20)
         (letter,) = await bus.dead_letters.list()
         assert letter.error_type == "InvalidEvent"
         assert "attrs.kind.number" in letter.error

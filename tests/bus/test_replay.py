@@ -56,7 +56,7 @@ async def a_bus_with(count: int, order: str = "type", **options: Any) -> AsyncIt
 
     async with bus:
         receipts = await bus.publish_many([Placed(n) for n in range(count)])
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert sorted(n for n, *_ in seen.seen) == list(range(count))
         seen.seen.clear()
         yield bus, seen, [receipt.position or 0 for receipt in receipts]
@@ -78,7 +78,7 @@ async def test_everything_again(order: str) -> None:
         assert {(replaying, attempt) for _, replaying, attempt in seen.seen} == {(True, 1)}
         assert summary == ReplaySummary(positions[-1], 1200, 1200, 0)
         await bus.publish(Placed(-1))
-        await bus.drain(5)
+        await bus.drain(20)
         assert seen.seen[1200:] == [(-1, False, 1)]
 
 
@@ -103,7 +103,7 @@ async def test_in_order_of_each_key() -> None:
     async with bus:
         for n in range(60):
             await bus.publish(Placed(n), key=n % 5)
-        await bus.drain(5)
+        await bus.drain(20)
         seen.seen.clear()
         await bus.replay()
     for key in range(5):
@@ -140,7 +140,7 @@ async def test_ranges_of_time() -> None:
         for n in range(5):
             await bus.publish(Placed(n))
             clock.move(timedelta(hours=1))
-        await bus.drain(5)
+        await bus.drain(20)
         times = [envelope.time async for envelope in bus.history()]
         tick = timedelta(microseconds=1)
         for options, expected in (
@@ -189,7 +189,7 @@ async def test_types() -> None:
     async with bus:
         for n in range(3):
             await bus.publish_many([Placed(n), Shipped(n)])
-        await bus.drain(5)
+        await bus.drain(20)
         for types, expected in (
             ((Placed,), [Placed(0), Placed(1), Placed(2)]),
             (("Shipped",), [Shipped(0), Shipped(1), Shipped(2)]),
@@ -212,7 +212,7 @@ async def test_to_whom() -> None:
     bus.subscribe(Placed, name="never", replay=False)(never.note)
     async with bus:
         await bus.publish(Placed(1))
-        await bus.drain(5)
+        await bus.drain(20)
         for to, expected in (
             ("one", (2, 1)),
             (two.note, (2, 2)),
@@ -249,7 +249,7 @@ async def test_a_late_subscriber_is_replayed_to_from_before_its_start(db: str) -
     late = EventBus(db)
     late.subscribe(Placed, name="late")(seen.note)
     async with late:
-        assert await late.drain(5) == {}
+        assert await late.drain(20) == {}
         assert seen.seen == []
         await late.replay(to="late")
         assert seen.seen == [Placed(0), Placed(1), Placed(2)]
@@ -295,7 +295,7 @@ async def test_progress_that_raises_ends_the_replay() -> None:
         with pytest.raises(LookupError):
             await bus.replay(progress=progress)
         await bus.publish(Placed(-1))
-        await bus.drain(5)
+        await bus.drain(20)
         assert (-1, False, 1) in seen.seen
         assert len(seen.seen) < 3000
 
@@ -339,7 +339,7 @@ async def test_a_cancelled_replay_delivers_nothing_more() -> None:
 
     async with bus:
         await bus.publish_many([Placed(n) for n in range(400)])
-        await bus.drain(5)
+        await bus.drain(20)
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
                 group.start_soon(bus.replay)
@@ -347,7 +347,7 @@ async def test_a_cancelled_replay_delivers_nothing_more() -> None:
                 scope.cancel()
         after = len(seen.seen)
         receipt = await bus.publish(Placed(-1))
-        await receipt.handled(5)
+        await receipt.handled(20)
         assert len(seen.seen) <= after + 1
 
 
@@ -364,7 +364,7 @@ async def test_what_a_replayed_attempt_publishes_is_dropped() -> None:
 
     async with bus:
         await bus.publish(Placed(1))
-        await bus.drain(5)
+        await bus.drain(20)
         await bus.replay()
         stored = [envelope.event async for envelope in bus.history(Shipped)]
     assert sorted(stored, key=lambda e: e.n) == [Shipped(1), Shipped(101), Shipped(201)]  # type: ignore[attr-defined]
@@ -383,7 +383,7 @@ async def test_a_failure_is_tried_again_out_of_line(order: str) -> None:
 
     async with bus:
         await bus.publish_many([Placed(n) for n in range(4)])
-        await bus.drain(5)
+        await bus.drain(20)
         seen.seen.clear()
         summary = await bus.replay()
         assert (summary.events, summary.handled, summary.dead) == (4, 4, 0)
@@ -404,7 +404,7 @@ async def test_a_failure_for_good_is_a_dead_letter(db: str, order: str) -> None:
 
     async with bus:
         receipts = await bus.publish_many([Placed(n) for n in range(4)])
-        await bus.drain(5)
+        await bus.drain(20)
         broken = True
         summary = await bus.replay()
         (letter,) = await bus.dead_letters.list()
@@ -416,7 +416,7 @@ async def test_a_failure_for_good_is_a_dead_letter(db: str, order: str) -> None:
         (letter,) = await bus.dead_letters.list()
         broken = False
         await bus.dead_letters.redrive(letter.id)
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert await bus.dead_letters.list() == []
         assert (await bus.status(receipts[1].id)) == {"h": "handled"}
 
@@ -424,7 +424,7 @@ async def test_a_failure_for_good_is_a_dead_letter(db: str, order: str) -> None:
 @pytest.mark.parametrize("order", ["type", "log", "key"])
 async def test_live_events_take_turns_with_a_replay(order: str) -> None:
     """A long replay does not hold up live events, nor they it: they take turns, each in its own order, one at a time."""
-    bus, seen, running = EventBus(":memory:"), Recorder(), 0
+    bus, seen, running, published = EventBus(":memory:"), Recorder(), 0, anyio.Event()
 
     @bus.subscribe(Placed, name="h", order=order, **({"concurrency": 1} if order == "key" else {}))  # type: ignore[arg-type]
     async def handler(placed: Placed, delivery: Delivery) -> None:
@@ -432,18 +432,21 @@ async def test_live_events_take_turns_with_a_replay(order: str) -> None:
         running += 1
         assert running == 1
         await anyio.sleep(0.001)
+        if delivery.replaying and placed.n == 5:
+            await published.wait()
         running -= 1
         seen.add((delivery.replaying, placed.n))
 
     async with bus:
         await bus.publish_many([Placed(n) for n in range(60)])
-        await bus.drain(5)
+        await bus.drain(20)
         seen.seen.clear()
         async with anyio.create_task_group() as group:
             group.start_soon(bus.replay)
             await seen.wait_for(5)
             await bus.publish_many([Placed(n) for n in range(60, 80)])
-        await bus.drain(5)
+            published.set()
+        await bus.drain(20)
     live = [n for replaying, n in seen.seen if not replaying]
     assert live == list(range(60, 80))
     assert [n for replaying, n in seen.seen if replaying] == list(range(60))
@@ -508,7 +511,7 @@ async def test_a_bus_that_closes_ends_a_replay() -> None:
     async with anyio.create_task_group() as group:
         async with bus:
             await bus.publish_many([Placed(n) for n in range(100)])
-            await bus.drain(5)
+            await bus.drain(20)
             group.start_soon(replay)
             await begun.wait()
     assert len(caught) == 1
@@ -527,9 +530,9 @@ async def test_events_published_during_a_replay_are_not_part_of_it() -> None:
 
     async with bus:
         await bus.publish(Placed(0))
-        await bus.drain(5)
+        await bus.drain(20)
         summary = await bus.replay()
-        await bus.drain(5)
+        await bus.drain(20)
     assert replayed.seen == [0]
     assert summary.events == 1
 
@@ -551,7 +554,7 @@ async def test_an_empty_log() -> None:
         assert await bus.replay() == ReplaySummary(0, 0, 0, 0)
         assert [e async for e in bus.history()] == []
         await bus.rewind("h")
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
 
 
 # ------------------------------------------------------------------ rewind
@@ -563,7 +566,7 @@ async def test_rewind_handles_again_as_if_new(order: str) -> None:
     async with a_bus_with(50, order) as (bus, seen, _):
         await bus.rewind("h")
         await bus.publish(Placed(50))
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert sorted(numbers(seen)) == list(range(51))
         assert {(replaying, attempt) for _, replaying, attempt in seen.seen} == {(False, 1)}
         if order in ("type", "log"):
@@ -582,7 +585,7 @@ async def test_rewind_to_a_position(order: str) -> None:
         ):
             seen.seen.clear()
             await bus.rewind("h", **options)
-            assert await bus.drain(5) == {}
+            assert await bus.drain(20) == {}
             assert sorted(numbers(seen)) == list(expected), options
 
 
@@ -592,14 +595,14 @@ async def test_rewind_by_the_handler_survives_a_restart(db: str) -> None:
     bus.subscribe(Placed, name="h")(seen.note)
     async with bus:
         await bus.publish_many([Placed(n) for n in range(3)])
-        await bus.drain(5)
+        await bus.drain(20)
         await bus.pause("h")
         await bus.rewind(seen.note)
     seen.seen.clear()
     async with bus:
         assert not seen.seen
         await bus.resume("h")
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     assert seen.seen == [Placed(0), Placed(1), Placed(2)]
 
 
@@ -609,13 +612,13 @@ async def test_rewind_of_a_subscription_that_is_not_dispatched(db: str) -> None:
     bus.subscribe(Placed, name="h")(seen.note)
     async with bus:
         await bus.publish(Placed(1))
-        await bus.drain(5)
+        await bus.drain(20)
     async with bus.open(dispatch=False):
         await bus.rewind("h")
         with pytest.raises(UnknownSubscription):
             await bus.rewind("nobody")
     async with bus:
-        await bus.drain(5)
+        await bus.drain(20)
     assert seen.seen == [Placed(1), Placed(1)]
 
 
@@ -634,11 +637,11 @@ async def test_rewind_with_an_attempt_in_flight(order: str) -> None:
 
     async with bus:
         for n in range(3):
-            await (await bus.publish(Placed(n))).handled(5) if n < 2 else await bus.publish(Placed(n))
+            await (await bus.publish(Placed(n))).handled(20) if n < 2 else await bus.publish(Placed(n))
         await running.wait()
         await bus.rewind("h")
         gate.set()
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert sorted(seen.seen) == [(0, 1), (0, 1), (1, 1), (1, 1), (2, 1), (2, 1)]
         stored = [envelope.event async for envelope in bus.history(Shipped)]
         assert sorted(shipped.n for shipped in stored if isinstance(shipped, Shipped)) == [0, 0, 1, 1, 2]
@@ -660,7 +663,7 @@ async def test_rewind_forgets_retries_and_dead_letters_behind_it(order: str) -> 
         assert (await bus.drain(0.1))["h"] >= 1
         broken = False
         await bus.rewind("h")
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert (2, 1) in seen.seen
         assert (1, 1) in seen.seen
         assert (await bus.stats()).subscriptions["h"].retrying == 0
@@ -683,7 +686,7 @@ async def test_rewind_keeps_the_retries_before_it(order: str) -> None:
         assert (await bus.stats()).subscriptions["h"].retrying == 1
         broken = False
         await bus.rewind("h", since=receipts[3].position)
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert sorted(seen.seen) == [(0, 1), (1, 2), (2, 1), (3, 1), (3, 1)]
 
 
@@ -698,11 +701,11 @@ async def test_rewind_removes_dead_letters_behind_it() -> None:
 
     async with bus:
         receipts = await bus.publish_many([Placed(n) for n in range(4)])
-        await bus.drain(5)
+        await bus.drain(20)
         assert len(await bus.dead_letters.list()) == 4
         broken = False
         await bus.rewind("h", since=receipts[2].position)
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert [letter.envelope.event for letter in await bus.dead_letters.list()] == [Placed(0), Placed(1)]
 
 
@@ -713,9 +716,9 @@ async def test_rewind_leaves_other_subscriptions_alone() -> None:
     bus.subscribe(Placed, name="two")(two.note)
     async with bus:
         await bus.publish(Placed(1))
-        await bus.drain(5)
+        await bus.drain(20)
         await bus.rewind("one")
-        await bus.drain(5)
+        await bus.drain(20)
     assert (len(one.seen), len(two.seen)) == (2, 1)
 
 
@@ -734,7 +737,7 @@ async def test_rewind_while_publishing() -> None:
             for target in (20, 40, 60, 80):
                 await seen.wait_for(target)
                 await bus.rewind("h")
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     last = len(seen.seen) - 1 - seen.seen[::-1].index(Placed(0))
     assert seen.seen[last:] == [Placed(n) for n in range(300)]
 
@@ -805,12 +808,12 @@ async def test_a_range_that_is_not_retained(monkeypatch: pytest.MonkeyPatch) -> 
     bus.subscribe(Placed, name="h")(seen.note)
     async with bus:
         old = await bus.publish_many([Placed(n) for n in range(3)])
-        await bus.drain(5)
+        await bus.drain(20)
         before = datetime.fromtimestamp(clock.time(), UTC)
         clock.move(timedelta(hours=2))
         young = await bus.publish(Placed(3))
-        await bus.drain(5)
-        with anyio.fail_after(5):
+        await bus.drain(20)
+        with anyio.fail_after(20):
             while (await bus.stats()).events > 1:
                 await anyio.sleep(0.005)
         seen.seen.clear()
@@ -824,11 +827,11 @@ async def test_a_range_that_is_not_retained(monkeypatch: pytest.MonkeyPatch) -> 
                     pass
         with pytest.raises(RangeNotRetained, match="since= or after="):
             await bus.rewind("h")
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert not seen.seen
         assert (await bus.replay()).events == 1
         assert (await bus.replay(after=old[2].position)).events == 1
         assert (await bus.replay(since=before + timedelta(minutes=1))).events == 1
         await bus.rewind("h", since=young.position)
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert seen.seen == [Placed(3)] * 4

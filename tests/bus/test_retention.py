@@ -83,7 +83,7 @@ async def test_old_events_that_everybody_has_settled_go(order: str) -> None:
         await bus.publish_many([Placed(n) for n in range(5)])
         clock.move(HOUR / 2)
         await bus.publish(Placed(5))
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         await store.pruned()
         assert await left(bus) == [0, 1, 2, 3, 4, 5]
         clock.move(HOUR / 2 + timedelta(seconds=1))
@@ -136,7 +136,7 @@ async def test_what_a_subscription_needs_is_never_removed(order: str) -> None:
         expected = {"type": [2, 3, 4, 5], "log": [2, 3, 4, 5], "key": [2, 4], "none": [2]}
         assert await left(bus) == expected[order]
         broken = False
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert sorted(seen.seen) == [0, 1, 2, 3, 4, 5]
         await store.pruned()
         assert await left(bus) == []
@@ -152,7 +152,7 @@ async def test_what_a_silent_subscription_needs_is_never_removed(db: str, how: s
     async with bus:
         if how == "paused":
             await bus.pause("h")
-        await bus.drain(5)
+        await bus.drain(20)
     silent = bus if how != "no handler" else a_bus(store, clock)
     async with silent.open(dispatch=how != "not dispatched"):
         await silent.publish_many([Draft(Placed(n), key=n) for n in range(3)])
@@ -164,7 +164,7 @@ async def test_what_a_silent_subscription_needs_is_never_removed(db: str, how: s
     async with bus:
         if how == "paused":
             await bus.resume("h")
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         await store.pruned()
         assert await left(bus) == []
     assert sorted(placed.n for placed in seen.seen) == [0, 1, 2]
@@ -187,7 +187,7 @@ async def test_an_event_that_is_being_handled_stays() -> None:
         await store.pruned()
         assert await left(bus) == [0]
         gate.set()
-        await bus.drain(5)
+        await bus.drain(20)
         await store.pruned()
         assert await left(bus) == []
 
@@ -219,7 +219,7 @@ async def test_a_running_replay_keeps_its_range() -> None:
 
     async with bus:
         receipts = await bus.publish_many([Placed(n) for n in range(10)])
-        await bus.drain(5)
+        await bus.drain(20)
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: bus.replay(since=receipts[4].position))
             await seen.wait_for(1)
@@ -245,17 +245,17 @@ async def test_handled_of_an_event_that_is_gone() -> None:
 
     async with bus:
         good, bad = await bus.publish_many([Draft(Placed(n), idempotency_key=str(n)) for n in range(2)])
-        await bus.drain(5)
+        await bus.drain(20)
         clock.move(2 * HOUR)
         await store.pruned()
         assert await left(bus) == []
         again = [await bus.publish(Placed(n), idempotency_key=str(n)) for n in range(2)]
         assert [receipt.duplicate for receipt in again] == [True, True]
         for receipt in (good, again[0]):
-            await receipt.handled(5)
+            await receipt.handled(20)
         for receipt in (bad, again[1]):
             with pytest.raises(HandlingFailed, match="dead"):
-                await receipt.handled(5)
+                await receipt.handled(20)
 
 
 async def test_a_dead_letter_outlives_its_event() -> None:
@@ -271,7 +271,7 @@ async def test_a_dead_letter_outlives_its_event() -> None:
 
     async with bus:
         await bus.publish(Placed(7))
-        await bus.drain(5)
+        await bus.drain(20)
         clock.move(2 * HOUR)
         await store.pruned()
         assert await left(bus) == []
@@ -279,7 +279,7 @@ async def test_a_dead_letter_outlives_its_event() -> None:
         assert letter.envelope.event == Placed(7)
         broken = False
         await bus.dead_letters.redrive(letter.id)
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert seen.seen == [7]
 
 
@@ -296,14 +296,14 @@ async def test_a_dead_letter_of_a_type_of_which_nothing_is_left(db: str) -> None
 
     async with bus:
         await bus.publish(Placed(7))
-        await bus.drain(5)
+        await bus.drain(20)
         clock.move(2 * HOUR)
         await store.pruned()
         assert await left(bus) == []
     broken = False
     async with bus:
         assert await bus.dead_letters.redrive(all=True) == 1
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert await bus.dead_letters.list() == []
     assert seen.seen == ["Placed"]
 
@@ -320,7 +320,7 @@ async def test_idempotency_keys_are_kept_for_their_own_time() -> None:
         again = await bus.publish(Placed(0), idempotency_key="a")
         assert again.duplicate
         assert (again.id, again.position) == (first.id, first.position)
-        await again.handled(5)
+        await again.handled(20)
         clock.move(2 * HOUR)
         await store.pruned()
         third = await bus.publish(Placed(0), idempotency_key="a")
@@ -348,7 +348,7 @@ async def test_positions_are_not_given_twice(db: str) -> None:
     bus.subscribe(Placed, name="h")(seen.note)
     async with bus:
         last = (await bus.publish_many([Placed(n) for n in range(5)]))[-1].position
-        await bus.drain(5)
+        await bus.drain(20)
         clock.move(2 * HOUR)
         await store.pruned()
         assert await left(bus) == []
@@ -357,7 +357,7 @@ async def test_positions_are_not_given_twice(db: str) -> None:
         assert last is not None
         assert receipt.position is not None
         assert receipt.position > last
-        await receipt.handled(5)
+        await receipt.handled(20)
     assert [placed.n for placed in seen.seen] == list(range(6))
 
 
@@ -368,10 +368,10 @@ async def test_a_late_subscriber_begins_with_what_is_retained() -> None:
     bus.subscribe(Placed, name="late", start="beginning")(seen.note)
     async with bus:
         await bus.publish(Placed(0))
-        await bus.drain(5)
+        await bus.drain(20)
         clock.move(2 * HOUR)
         await bus.publish(Placed(1))
-        await bus.drain(5)
+        await bus.drain(20)
         await store.pruned()
         assert await left(bus) == [1]
     assert [placed.n for placed in seen.seen] == [0, 1]

@@ -80,7 +80,7 @@ async def test_an_event_is_tried_as_often_as_the_policy_says(any_db: str, order:
     bus, attempts, _ = failing_bus(any_db, QUICK, raising(ValueError("no")), order=order)
     async with bus:
         await bus.publish(Job("a"))
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         (letter,) = await bus.dead_letters.list()
         assert letter.attempts == 4
         stats = (await bus.stats()).subscriptions["s"]
@@ -102,7 +102,7 @@ async def test_the_delays_are_those_of_the_policy(db: str, order: Order) -> None
     bus, _, failures = failing_bus(db, retry, fail, order=order, clock=clock)
     async with bus:
         await bus.publish(Job("a"))
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
     assert [failure.retry_in for failure in failures.recorder.seen] == [60.0, 600.0, 3_600.0, 3_600.0, None]
     waited = [after - before for before, after in itertools.pairwise(times)]
     assert all(seconds >= least for seconds, least in zip(waited, [60.0, 600.0, 3_600.0, 3_600.0], strict=True)), waited
@@ -115,7 +115,7 @@ async def test_retry_after_has_its_own_delay_and_counts(db: str, order: Order) -
     bus, attempts, failures = failing_bus(db, retry, raising(RetryAfter(7_200)), order=order, clock=Hurrying(pace=100_000))
     async with bus:
         await bus.publish(Job("a"))
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         (letter,) = await bus.dead_letters.list(error=RetryAfter)
     assert attempts.seen == [(0, 1), (0, 2), (0, 3)]
     assert [failure.retry_in for failure in failures.recorder.seen] == [7_200.0, 7_200.0, None]
@@ -141,7 +141,7 @@ async def test_reject_is_a_dead_letter_at_once(db: str, order: Order) -> None:
     bus, attempts, _ = failing_bus(db, QUICK, raising(Reject("not ours")), order=order)
     async with bus:
         await bus.publish_many([Job("a", 1), Job("a", 2)])
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         letters = await bus.dead_letters.list()
     assert attempts.seen == [(1, 1), (2, 1)]
     assert [(x.error_type, x.error, x.attempts) for x in letters] == [("Reject", "not ours", 1)] * 2
@@ -159,7 +159,7 @@ async def test_give_up_on_is_a_dead_letter_at_once(db: str, order: Order) -> Non
     bus, attempts, _ = failing_bus(db, retry, fail, order=order)
     async with bus:
         await bus.publish_many([Job("a", 1), Job("a", 2)])
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
     assert attempts.seen == [(1, 1), (2, 1), (2, 2), (2, 3)]
 
 
@@ -173,7 +173,7 @@ async def test_attempts_none_never_gives_up(db: str) -> None:
     bus, attempts, _ = failing_bus(db, RetryPolicy(attempts=None, first=0.0, jitter=0.0), fail)
     async with bus:
         await bus.publish(Job("a"))
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         assert await bus.dead_letters.list() == []
     assert [attempt for _, attempt in attempts.seen] == list(range(1, 41))
 
@@ -189,7 +189,7 @@ async def test_an_error_that_cannot_be_printed_is_a_failure_like_any_other(db: s
     bus, _, _ = failing_bus(db, NO_RETRY, lambda delivery: _raise(errors[delivery.envelope.event.n]))  # type: ignore[attr-defined]
     async with bus:
         await bus.publish_many([Job("a", n) for n in range(3)])
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         letters = await bus.dead_letters.list()
     assert [letter.error_type for letter in letters] == ["ValueError", "Odd", "ValueError"]
 
@@ -217,7 +217,7 @@ async def test_attempts_are_not_reset_by_a_restart(db: str, order: Order) -> Non
         if len(seen) >= 5:
             break
     async with failing_bus(db, QUICK, raising(ValueError("no")), order=order)[0] as bus:
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         (letter,) = await bus.dead_letters.list()
     assert [attempt for _, attempt in seen] == [1, 2, 3, 4, 5]
     assert letter.attempts == 5
@@ -238,7 +238,7 @@ async def test_due_times_are_not_skipped_by_a_restart(db: str, order: Order) -> 
         assert (await bus.stats()).subscriptions["s"].retrying == 1
     bus, later, _ = failing_bus(db, retry, lambda _: None, order=order, clock=Later(3_700))
     async with bus:
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         assert (await bus.status(receipt.id)) == {"s": "handled"}
     assert (first.seen, soon.seen, later.seen) == ([(1, 1)], [], [(1, 2)])
 
@@ -253,7 +253,7 @@ async def test_a_clock_that_was_set_back_does_not_put_retries_off(db: str, order
         await failures.wait_for(1)
     bus, later, _ = failing_bus(db, retry, lambda _: None, order=order, clock=Later(-10 * 365 * 86_400))
     async with bus:
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
     assert (first.seen, later.seen) == ([(1, 1)], [(1, 2)])
 
 
@@ -266,7 +266,7 @@ async def test_the_first_failure_is_remembered_over_a_restart(db: str, order: Or
         await bus.publish(Job("a", 1))
         await failures.wait_for(1)
     async with failing_bus(db, retry, raising(KeyError("no")), order=order, clock=Later(4_000))[0] as bus:
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
         (letter,) = await bus.dead_letters.list()
     assert (letter.attempts, letter.error_type) == (2, "KeyError")
     assert 3_999 < (letter.last_failed_at - letter.first_failed_at).total_seconds() < 4_010
@@ -296,7 +296,7 @@ async def test_a_key_is_held_over_a_restart(db: str) -> None:
     bus, attempts, _ = failing_bus(db, retry, fail, order="key", concurrency=1, clock=Later(3_700))
     async with bus:
         await bus.publish_many([Job("a", 7)])
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
     seen.append(attempts.seen)
     assert seen == [[(1, 1), (2, 1), (4, 1)], [(6, 1)], [(1, 2), (3, 1), (5, 1), (7, 1)]]
 
@@ -316,7 +316,7 @@ async def test_a_failing_key_holds_up_no_other_key(db: str) -> None:
     async with bus:
         receipts = await bus.publish_many([Job(key, n) for n, key in enumerate(["bad", "a", "bad", "b", "a", "bad"])])
         for number in (1, 3, 4):
-            await receipts[number].handled(timeout=2)
+            await receipts[number].handled(timeout=20)
         statuses = [(await bus.status(receipt.id))["s"] for receipt in receipts]
         assert statuses == ["retrying", "handled", "pending", "handled", "handled", "pending"]
         assert set(await bus.drain(timeout=0.05)) == {"s"}
@@ -334,7 +334,7 @@ async def test_a_failing_event_holds_up_nothing_in_order_none(db: str) -> None:
     async with bus:
         receipts = await bus.publish_many([Job("a", n) for n in range(10)])
         for receipt in receipts[1:]:
-            await receipt.handled(timeout=2)
+            await receipt.handled(timeout=20)
         assert (await bus.status(receipts[0].id)) == {"s": "retrying"}
 
 
@@ -368,7 +368,7 @@ async def test_in_strict_order_the_lane_waits(db: str) -> None:
     bus, attempts, _ = failing_bus(db, QUICK, fail)
     async with bus:
         await bus.publish_many([Job("a", n) for n in range(4)])
-        assert await bus.drain(timeout=5) == {}
+        assert await bus.drain(timeout=20) == {}
     assert attempts.seen == [(0, 1), (1, 1), (1, 2), (1, 3), (2, 1), (3, 1)]
 
 
@@ -388,7 +388,7 @@ async def test_many_keys_may_fail_at_once(db: str, monkeypatch: pytest.MonkeyPat
 
     async with bus:
         await bus.publish_many([Job(f"k{n}", n) for n in range(40)])
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             assert await bus.drain() == {}
     assert set(attempts.values()) == {3}
     assert len(attempts) == 40

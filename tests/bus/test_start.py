@@ -47,7 +47,7 @@ def a_bus(db: str, *types: Any, **options: Any) -> tuple[EventBus, Recorder]:
 async def handled(bus: EventBus, seen: Recorder) -> list[int]:
     """Open, work everything off, and tell what was handled, sorted."""
     async with bus:
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     found, seen.seen = sorted(seen.seen), []
     return found
 
@@ -63,7 +63,7 @@ async def test_now_is_the_default(db: str, order: str) -> None:
     bus, seen = a_bus(db, Placed, **ORDERS[order])
     async with bus:
         await bus.publish(Placed(1))
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     assert seen.seen == [1]
 
 
@@ -94,7 +94,7 @@ async def test_a_position(db: str, order: str) -> None:
     later, seen = a_bus(db, Placed, start=position + 4, name="later", **ORDERS[order])
     async with later:
         await later.publish_many([Placed(n) for n in range(5, 10)])
-        assert await later.drain(5) == {}
+        assert await later.drain(20) == {}
     assert sorted(seen.seen) == [7, 8, 9]
 
 
@@ -114,7 +114,7 @@ async def test_a_datetime(db: str, order: str) -> None:
     future, seen = a_bus(db, Placed, start=datetime(2200, 1, 1, tzinfo=UTC), name="d", **ORDERS[order])
     async with future:
         await future.publish(Placed(9))
-        assert await future.drain(5) == {}
+        assert await future.drain(20) == {}
     assert seen.seen == [9]
 
 
@@ -123,7 +123,7 @@ async def test_start_counts_for_new_subscriptions_only(db: str) -> None:
     bus, seen = a_bus(db, Placed)
     async with bus:
         await bus.publish(Placed(1))
-        await bus.drain(5)
+        await bus.drain(20)
     assert seen.seen == [1]
     assert await handled(*a_bus(db, Placed, start="beginning")) == []
 
@@ -147,7 +147,7 @@ async def test_a_type_that_joins_later_begins_at_the_head(db: str, order: str) -
     wider, seen = a_bus(db, Placed, Shipped, start="beginning", **ORDERS[order])
     async with wider:
         await wider.publish_many([Shipped(5), Placed(6)])
-        assert await wider.drain(5) == {}
+        assert await wider.drain(20) == {}
     assert sorted(seen.seen) == [1, 3, 5, 6]
 
 
@@ -157,12 +157,12 @@ async def test_a_type_that_leaves_comes_no_more(db: str, order: str) -> None:
     both, seen = a_bus(db, Placed, Shipped, **ORDERS[order])
     async with both:
         await both.publish_many([Placed(1), Shipped(2)])
-        await both.drain(5)
+        await both.drain(20)
     assert sorted(seen.seen) == [1, 2]
     one, seen = a_bus(db, Placed, **ORDERS[order])
     async with one:
         await one.publish_many([Placed(3), Shipped(4)])
-        assert await one.drain(5) == {}
+        assert await one.drain(20) == {}
     assert seen.seen == [3]
 
 
@@ -186,12 +186,12 @@ async def test_patterns_take_types_that_come_up_later(db: str) -> None:
         seen.add(envelope.type)
 
     async with bus:
-        await (await bus.publish(OrderPlaced(1))).handled(5)
+        await (await bus.publish(OrderPlaced(1))).handled(20)
     publisher = EventBus(db)
     async with publisher:
         await publisher.publish(OrderPaid(1))
     async with bus:
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     assert seen.seen == ["order.placed", "order.paid"]
 
 
@@ -228,7 +228,7 @@ async def test_a_change_of_order_settles_nothing_twice(db: str, old: dict[str, A
     after, seen = a_bus(db, Placed, **new)
     async with after:
         await after.publish(Placed(20), key="a")
-        assert await after.drain(5) == {}
+        assert await after.drain(20) == {}
         (info,) = await after.subscriptions()
         assert (info.order, info.concurrency) == (new["order"], new.get("concurrency", info.concurrency))
     assert sorted(settled + seen.seen) == list(range(21))
@@ -244,11 +244,11 @@ async def test_a_dead_letter_does_not_hold_up_a_change(db: str) -> None:
 
     async with bus:
         await bus.publish(Placed(1))
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     changed, seen = a_bus(db, Placed, order="key")
     async with changed:
         await changed.dead_letters.redrive(all=True)
-        assert await changed.drain(5) == {}
+        assert await changed.drain(20) == {}
         assert await changed.dead_letters.list() == []
     assert seen.seen == [1]
 
@@ -291,10 +291,10 @@ async def test_an_orphan_is_removed_by_unsubscribe(db: str) -> None:
         assert await other.subscriptions() == []
         with pytest.raises(UnknownSubscription):
             await other.unsubscribe("h")
-        await (await other.publish(Placed(2))).handled(5)
+        await (await other.publish(Placed(2))).handled(20)
     async with bus:
         await bus.publish(Placed(3))
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
     assert seen.seen == [3]
 
 
@@ -316,14 +316,14 @@ async def test_unsubscribe_while_it_is_dispatched(db: str) -> None:
         await bus.publish_many([Placed(1), Placed(2)])
         await running.wait()
         await bus.unsubscribe(handler)
-        await (await bus.publish(Placed(3))).handled(5)
-        assert await bus.drain(5) == {}
+        await (await bus.publish(Placed(3))).handled(20)
+        assert await bus.drain(20) == {}
         assert [info.name for info in await bus.subscriptions()] == ["other"]
         with pytest.raises(UnknownSubscription):
             await bus.pause("h")
     async with bus:
         await bus.publish(Placed(4))
-        assert await bus.drain(5) == {}
+        assert await bus.drain(20) == {}
         assert [envelope async for envelope in bus.history(Shipped)] == []
     assert seen.seen == [1]
     assert [placed.n for placed in other.seen] == [1, 2, 3, 4]
@@ -339,7 +339,7 @@ async def test_the_dead_letters_of_a_removed_subscription_stay(db: str) -> None:
 
     async with bus:
         await bus.publish(Placed(1))
-        await bus.drain(5)
+        await bus.drain(20)
         await bus.unsubscribe("h")
         (letter,) = await bus.dead_letters.list(subscription="h")
         assert letter.envelope.event == Placed(1)
