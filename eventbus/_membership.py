@@ -79,6 +79,7 @@ class Membership:
         self._shared_for: tuple[object, ...] = ()  # what the shares were computed for
         self._meant_for: dict[str, dict[str, str]] = {}  # the same by subscription, without what nobody can have
         self._taken: set[LaneKey] = set()  # lanes that others have
+        self._asked: list[tuple[Serving, str]] = []  # lanes that were asked for when the step began
         self._ending: set[LaneKey] = set()  # lanes that were lost while something ran in them
         self._wanted: Mapping[str, Mapping[str, int]] = {}  # lanes and starts of all subscriptions
         self._known: Mapping[str, int] = {}  # what was in the log
@@ -142,6 +143,7 @@ class Membership:
     async def _step(self) -> None:
         # What is done here from now on need not be in the standing; what was done before goes with the renewal.
         before = {serving: (serving.stored, serving.pauses) for serving in self._dispatcher.servings.values()}
+        self._asked = self._asked_for()
         await self.renew()
         await self._look(before)
         errors = []
@@ -351,9 +353,10 @@ class Membership:
     # -------------------------------------------------------------- take
 
     async def _take(self) -> None:
-        """Claim what is free and meant for us, and what was asked for; after a failure that is asked for still."""
-        asked = [(serving, lane) for serving in self._dispatcher.servings.values() for lane in sorted(serving.claiming)]
-        claims = [claim for claim in dict.fromkeys([*self._meant_for_us(), *asked]) if self._is_ours(*claim)]
+        """Claim what is free and meant for us, and what was asked for; after a failure that is asked for still. So is what was
+        asked for since the step began, if it is not free for us: others were not told yet that this instance serves its type."""
+        asked = self._asked
+        claims = [claim for claim in dict.fromkeys([*self._meant_for_us(), *self._asked_for()]) if self._is_ours(*claim)]
         for serving, lane in claims:
             serving.claiming.add(lane)
         if claims:
@@ -363,6 +366,9 @@ class Membership:
         for serving in dict.fromkeys(serving for serving, _ in [*claims, *asked]):
             serving.redriver.kick()
         self._dispatcher.lanes_changed()
+
+    def _asked_for(self) -> list[tuple[Serving, str]]:
+        return [(serving, lane) for serving in self._dispatcher.servings.values() for lane in sorted(serving.claiming)]
 
     def _meant_for_us(self) -> list[tuple[Serving, str]]:
         """Lanes that are meant for us and are not here."""

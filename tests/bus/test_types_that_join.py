@@ -111,6 +111,29 @@ async def test_a_subclass_that_another_program_publishes(
     assert sorted({*one.seen.seen, *other.seen.seen}) == [0, 1]
 
 
+async def test_a_subclass_that_comes_up_during_a_step(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type that joins while an instance looks how all stand, and is not among what it has said to serve, gets its lane with the
+    next step; who drains meanwhile waits for it."""
+    shop, published = Shop(db, Placed), anyio.Event()
+    async with shop.bus as bus:
+        membership = running(shop).membership
+        renew = membership.renew
+
+        async def renew_and_publish() -> None:
+            await renew()
+            if not published.is_set():
+                late = event("join.late")(attrs.frozen(type("Late", (Placed,), {"__module__": __name__})))
+                await bus.publish(late(1))
+                published.set()
+
+        monkeypatch.setattr(membership, "renew", renew_and_publish)
+        membership.poke()
+        with anyio.fail_after(10):
+            await published.wait()
+        assert await bus.drain(timeout=10) == {}
+        assert shop.seen.seen == [1]
+
+
 async def test_a_subscription_that_was_removed_elsewhere(tmp_path: Path) -> None:
     """It does not come back with the next subclass."""
     base, sub = base_and("removed")
