@@ -1,22 +1,23 @@
 """The dispatcher: which subscriptions are dispatched, and which of their lanes an event is for.
 
 publish → journal → store → *lanes* → workers → outcome. The journal announces what it has committed; the dispatcher offers it to
-the feeds of every subscription that wants its type. What others have committed the feeds read, in one page where they can.
+the feeds of every subscription that wants its type, in the log's order, together with what others have committed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from eventbus._environment import Environment
-from eventbus._intake import Budget, Feed, read_together, runs_by_type
+from eventbus._intake import Budget, Feed, runs_by_type
 from eventbus._lanes import Lane
 from eventbus._probation import Probation
 from eventbus._serving import ONE_LANE, Serving
+from eventbus._tail import Tail
 from eventbus.errors import BusNotOpen, EventBusError
 from eventbus.hooks import DispatchHalted
 from eventbus.stores.base import Committed, LaneState, Notice, Record, Subscribed, Suspicion, Waiting
@@ -41,7 +42,7 @@ class Dispatcher:
         self.others: dict[str, tuple[Subscribed, str]] = {}
         """Stored subscriptions that are not dispatched here, and why."""
         self.known_types: set[str] = set()
-        self.head = 0
+        self.tail = Tail(environment.reader, environment.timers, environment.loop, self._feeds, self._offer)
         self.published = 0
         self.leaving = False
         self.crash: EventBusError | None = None
@@ -63,7 +64,7 @@ class Dispatcher:
 
     def get_head(self) -> int:
         """The last position that was announced."""
-        return self.head
+        return self.tail.head
 
     # -------------------------------------------------------------- what the journal tells
 
@@ -71,35 +72,36 @@ class Dispatcher:
         """Offer what has become durable to the lanes that it is for."""
         for follow in self.environment.committed:
             follow(committed.events)
-        if committed.previous_head != self.head:
-            # Somebody else has written: read what lies between.
-            self.published += len(committed.events)
-            self._others_published(committed.head)
-            return
-        self.head = committed.head
         self.published += len(committed.events)
-        for type, records in runs_by_type(committed.events):
-            feeds = self._routes.get(type)
-            for feed in self._route(type) if feeds is None else feeds:
-                feed.offer(type, records)
+        if committed.previous_head > self.tail.end:
+            self._others_published()
+        self.tail.committed(committed)
         if self.promotions:
             self.tell_promoted(record.id for record in committed.events)
 
+    def _offer(self, records: Sequence[Record]) -> None:
+        for type, run in runs_by_type(records):
+            feeds = self._routes.get(type)
+            for feed in self._route(type) if feeds is None else feeds:
+                feed.offer(type, run)
+
+    def _feeds(self) -> Iterator[Feed]:
+        for serving in self.servings.values():
+            yield from serving.feeds.values()
+
     def noticed(self, notice: Notice) -> None:
         """Others have written: events, or anything else."""
-        if notice.head > self.head:
-            self._others_published(notice.head)
+        if notice.head > self.tail.end:
+            self._others_published()
+            self.tail.extend(notice.head)
         self.on_notice(notice)
 
     def renewal_due(self) -> None:
         """The lease must be renewed."""
         self.on_renewal_due()
 
-    def _others_published(self, head: int) -> None:
-        before, self.head = self.head, head
+    def _others_published(self) -> None:
         self.on_foreign()
-        feeds = [feed for serving in self.servings.values() for feed in serving.feeds.values()]
-        read_together(feeds, before, self.environment.reader)
         self._tell_promotions()
 
     def tell_promoted(self, event_ids: Iterable[str]) -> None:
@@ -147,6 +149,7 @@ class Dispatcher:
         self.closing = True
         for serving in self.servings.values():
             serving.close()
+        self.tail.close()
         self._tell_promotions()
         self.lanes_changed()
 

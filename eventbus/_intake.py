@@ -3,16 +3,14 @@
 publish → journal → store → *lanes* → workers → outcome. A `Feed` belongs to a subscription, or to one type of it; its `Intake`s
 belong to one lane each. Committed events are offered to the feeds by reference. An intake that is full takes no more and is
 behind: it reads pages from the store until it has reached the head, and turns live in one step on the loop, so that no event
-is handed to it twice and none is left out: it drops what lies at or below the position that it has taken. What others have
-committed is read as well; the feeds that are live then share a page.
+is handed to it twice and none is left out: it drops what lies at or below the position that it has taken.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from eventbus._reader import report
@@ -83,8 +81,6 @@ class Intake:
         self.live = False
         self.bytes = 0
         self.forgotten = 0
-        self.asked = -1
-        """How often it had forgotten when the page that is under way was asked for; -1 when it was not there."""
         self._queue: deque[Record] = deque()
         self._budget = budget
         self._wake = wake
@@ -217,7 +213,7 @@ class Feed:
         return self.intakes.get(0 if self._lanes == 1 else lane_of_slot(record.slot, self._lanes))
 
     def offer(self, type: str, records: Sequence[Record]) -> None:
-        """Events of one type have been committed and are next in the log."""
+        """Events of one type are next in the log."""
         if self.page and self._meanwhile is not None:
             self._meanwhile.append((type, records))
             self._room -= len(records)
@@ -241,13 +237,28 @@ class Feed:
         after = max(intake.taken, self._start_of(type))
         if records[0].position <= after:
             records = [record for record in records if record.position > after]
+        if self.settled_before is not None:
+            records = [record for record in records if not self.settled_before(record)]
         if records and not intake.offer(records):
             intake.live = False
 
-    def fall_behind(self) -> None:
-        """Events have come into the log that nobody announced: read them."""
+    def is_live(self) -> bool:
+        """Whether a lane of it has been given all that was announced."""
+        return not self.closed and any(intake.live for intake in self.intakes.values())
+
+    def is_within(self, types: frozenset[str]) -> bool:
+        """Whether it wants no type but these."""
+        return self.types is not None and types.issuperset(self.types)
+
+    def miss(self) -> None:
+        """Events of its types are passed by while its lanes are behind: a page that is under way does not bring them up."""
+        self._meanwhile = None
+
+    def fall_behind(self, after: int) -> None:
+        """What comes after this position is not offered to its lanes, which had been given all up to there: they read it."""
         for intake in self.intakes.values():
-            intake.live = False
+            if intake.live:
+                intake.taken, intake.live = max(intake.taken, after), False
         self._meanwhile = None
         self.read()
 
@@ -259,73 +270,43 @@ class Feed:
 
     def read(self) -> None:
         """Read the next page for the lanes that are behind and have room."""
-        after = self.wants_after()
-        if after is not None:
-            then = functools.partial(self._on_page, self.expect(), after)
-            self._reader.ask_then(Events(after, PAGE, PAGE_BYTES, types=self.types), then)
-
-    def wants_after(self) -> int | None:
-        """The position after which the lanes that are behind and have room are to be given more; None if there are none, or a
-        page is under way."""
         if self.page or self.closed:
-            return None
-        return min((i.taken for i in self.intakes.values() if not i.live and len(i) < PAGE and i.has_room()), default=None)
+            return
+        behind = [i for i in self.intakes.values() if not i.live and len(i) < PAGE and i.has_room()]
+        if behind:
+            after = min(intake.taken for intake in behind)
+            self._meanwhile, self._room = [], QUEUE
+            self._pages += 1
+            self.page = self._pages
+            query = Events(after, PAGE, PAGE_BYTES, types=self.types)
+            asked = {intake: intake.forgotten for intake in self.intakes.values()}
+            self._reader.ask_then(query, functools.partial(self._on_page, self.page, after, asked))
 
-    def is_live(self) -> bool:
-        """Whether it has lanes, and all of them have been given all that was announced."""
-        return bool(self.intakes) and not self.page and not self.closed and all(i.live for i in self.intakes.values())
-
-    def fall_behind_after(self, position: int) -> None:
-        """Events have come into the log after a position up to which it is live; somebody else reads them for it."""
-        for intake in self.intakes.values():
-            intake.taken, intake.live = max(intake.taken, position), False
-
-    def expect(self) -> int:
-        """A page is under way; returns the number that it is to come with."""
-        self._meanwhile, self._room = [], QUEUE
-        self._pages += 1
-        self.page = self._pages
-        for intake in self.intakes.values():
-            intake.asked = intake.forgotten
-        return self.page
-
-    def _on_page(self, number: int, after: int, page: Page | BaseException) -> None:
+    def _on_page(self, number: int, after: int, asked: Mapping[Intake, int], page: Page | BaseException) -> None:
+        if number != self.page or self.closed:
+            return
+        self.page = 0
         if isinstance(page, BaseException):
-            if self.fail(number):
-                report("the log", page)
+            report("the log", page)
+            self._timers.after(READ_AGAIN, self.read)
             return
-        self.take(number, after, page.records, page.up_to, page.head)
-        self.read()
-
-    def fail(self, number: int) -> bool:
-        """The page with this number could not be read; its lanes read by themselves, later. False if nobody waits for it."""
-        if number != self.page or self.closed:
-            return False
-        self.page = 0
-        self._timers.after(READ_AGAIN, self.read)
-        return True
-
-    def take(self, number: int, after: int, found: Sequence[Record], up_to: int, head: int) -> None:
-        """Give the lanes that are behind what was found for them in the page with this number, if it is still waited for."""
-        if number != self.page or self.closed:
-            return
-        self.page = 0
         # An intake takes part if the page begins at or before the place that it has reached.
-        reaches_head = up_to >= self.head() or (up_to >= head and self._meanwhile is not None)
+        reaches_head = page.up_to >= self.head() or (page.up_to >= page.head and self._meanwhile is not None)
         behind: dict[Intake, list[Record]] = {
-            i: [] for i in self.intakes.values() if not i.live and i.taken >= after and i.forgotten == i.asked
+            i: [] for i in self.intakes.values() if not i.live and i.taken >= after and i.forgotten == asked.get(i)
         }
-        self._sort(found, behind)
+        self._sort(page.records, behind)
         for intake, records in behind.items():
             # What is offered to one lane may make another forget what it has.
-            if intake.forgotten == intake.asked and (not records or intake.offer(records)):
-                intake.taken = max(intake.taken, up_to)
+            if intake.forgotten == asked[intake] and (not records or intake.offer(records)):
+                intake.taken = max(intake.taken, page.up_to)
                 intake.live = reaches_head
         for type, some in (self._meanwhile or ()) if reaches_head else ():
             self.offer(type, some)
         for intake in behind:
             intake.moved()
         self._meanwhile = None
+        self.read()
 
     def _sort(self, records: Sequence[Record], behind: dict[Intake, list[Record]]) -> None:
         """Give the records of a page to the intakes that take part and want them."""
@@ -342,60 +323,6 @@ class Feed:
                 continue
             if settled is None or not settled(record):
                 behind[intake].append(record)
-
-
-def read_together(feeds: Iterable[Feed], after: int, reader: Reader) -> None:
-    """Others have written after this position: let all feeds have it. Those that are live read it together, or each commit of
-    others would be as many questions as there are lanes in order "type"."""
-    live: list[Feed] = []
-    for feed in feeds:
-        if feed.is_live():
-            feed.fall_behind_after(after)
-            live.append(feed)
-        else:
-            feed.fall_behind()
-    _read_page(live, after, reader)
-
-
-def _read_page(feeds: Sequence[Feed], after: int, reader: Reader) -> None:
-    """Read pages for feeds that are all behind after one position, for as long as they are."""
-    if not feeds:
-        return
-    waiting = [(feed, feed.expect()) for feed in feeds]
-
-    def then(page: Page | BaseException) -> None:
-        if isinstance(page, BaseException):
-            failed = [feed for feed, number in waiting if feed.fail(number)]
-            if failed:
-                report("the log", page)
-            return
-        if any(record.fault is not None for record in page.records):
-            page = Page((), after, page.head)  # its type may be what is damaged: each feed asks for its own
-        by_type: dict[str, list[Record]] = {}
-        for record in page.records:
-            by_type.setdefault(record.type, []).append(record)
-        for feed, number in waiting:
-            feed.take(number, after, _of_types(page.records, by_type, feed.types), page.up_to, page.head)
-        together: list[Feed] = []
-        for feed in feeds:
-            wanted = feed.wants_after()
-            if wanted is not None and after < page.up_to == wanted:
-                together.append(feed)
-            elif wanted is not None:
-                feed.read()
-        _read_page(together, page.up_to, reader)
-
-    types = None if any(feed.types is None for feed in feeds) else tuple(type for feed in feeds for type in feed.types or ())
-    reader.ask_then(Events(after, PAGE, PAGE_BYTES, types=types), then)
-
-
-def _of_types(
-    records: Sequence[Record], by_type: Mapping[str, Sequence[Record]], types: Sequence[str] | None
-) -> Sequence[Record]:
-    if types is None or not records:
-        return records
-    found = [by_type[type] for type in types if type in by_type]
-    return found[0] if len(found) == 1 else sorted(itertools.chain.from_iterable(found), key=lambda record: record.position)
 
 
 def runs_by_type(records: Sequence[Record]) -> Iterator[tuple[str, Sequence[Record]]]:

@@ -213,7 +213,7 @@ class Membership:
         self._journal.notice_every = min(every, self._lease / RENEWALS) if self._shared else math.inf
         self._follow(standing, before)
         self._give_up(standing, lanes)
-        self._head, self._known = self._dispatcher.head, await self._reader.ask(Types())
+        self._head, self._known = self._dispatcher.tail.head, await self._reader.ask(Types())
         self._dispatcher.known_types.update(self._known)
         self._share()
         await self._try_again()
@@ -355,15 +355,14 @@ class Membership:
     async def _take(self) -> None:
         """Claim what is free and meant for us, and what was asked for; after a failure that is asked for still. So is what was
         asked for since the step began, if it is not free for us: others were not told yet that this instance serves its type."""
-        asked = self._asked
         claims = [claim for claim in dict.fromkeys([*self._meant_for_us(), *self._asked_for()]) if self._is_ours(*claim)]
         for serving, lane in claims:
             serving.claiming.add(lane)
         if claims:
             await self._claim(claims)
-        for serving, lane in [*claims, *asked]:
+        for serving, lane in [*claims, *self._asked]:
             serving.claiming.discard(lane)
-        for serving in dict.fromkeys(serving for serving, _ in [*claims, *asked]):
+        for serving in dict.fromkeys(serving for serving, _ in [*claims, *self._asked]):
             serving.redriver.kick()
         self._dispatcher.lanes_changed()
 
@@ -391,7 +390,7 @@ class Membership:
         suspicions = {(s.subscription, s.lane): s for s in await self._reader.ask(Suspicions())}
         epochs = {(s.subscription, s.lane): s.epoch for s in await self._reader.ask(Lanes())}
         self._follow_types(await self._reader.ask(Subscriptions()))
-        last = self._known if self._dispatcher.head == self._head else None  # more has come meanwhile: the lanes must read
+        last = self._known if self._dispatcher.tail.head == self._head else None  # more has come meanwhile: the lanes must read
         waiting = by_lane(rows)
         fitting = {serving for serving in {serving for serving, _ in claims} if fits(serving.serves(), serving.stored)}
         for (serving, _), state in zip(claims, states, strict=True):
@@ -417,8 +416,10 @@ class Membership:
         return start if start is not None else since_of(serving.since, lane) or 0
 
     def want_lane(self, serving: Serving, type: str) -> None:
-        """A type has come up that a subscription in order "type" wants and has no lane for; its events wait in the log."""
-        if type not in serving.claiming and serving.waits_for is None and self._is_ours(serving, type):
+        """A type has come up for which a subscription in order "type" has no lane; its events wait in the log. Nobody's lane is
+        asked for as well: when this instance looked last, it may not have told yet that it can run it."""
+        free = type in serving.nobodys or self._is_ours(serving, type)
+        if free and type not in serving.claiming and serving.waits_for is None:
             serving.claiming.add(type)
             self.poke()
 

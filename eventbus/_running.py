@@ -140,7 +140,7 @@ class Running:
             self._writer.submit(self.journal.run)
             self._journal_runs = True
             self.journal.listener = self.dispatcher
-            self.dispatcher.head = (await self.reader.ask(LogState())).head
+            self.dispatcher.tail.begin((await self.reader.ask(LogState())).head)
             self.environment.fenced = self.membership.lose
             self.membership.on_step = self._on_step
             self.dispatcher.on_new_lane = self.membership.want_lane

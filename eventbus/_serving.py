@@ -327,7 +327,7 @@ class Serving:
         if last is not None:
             types = [t for t in last if self.wants(t)] if intake.feed.types is None else intake.feed.types
             if all(last.get(t, 0) <= intake.taken for t in types):
-                intake.taken = max(intake.taken, self._dispatcher.head)
+                intake.taken = max(intake.taken, self._dispatcher.get_head())
                 intake.live = True
         intake.feed.read()
         lane.wake()

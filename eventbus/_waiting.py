@@ -73,6 +73,7 @@ class Waiting:
         blocked = await self._elsewhere.settled(record, at_once=True)
         while not blocked:
             await self._dispatcher.all_lanes()
+            await self._dispatcher.tail.announced(record.position)
             found = await self._blocked_here(record)
             blocked = {name: reason for name, reason in found.items() if reason != MOVED}
             blocked = blocked or await self._elsewhere.settled(record)
@@ -134,7 +135,7 @@ class Waiting:
         """See `EventBus.drain`."""
         # What others have published need not have been noticed yet.
         stored = (await self._reader.ask(LogState())).head
-        head = max(stored, self._dispatcher.head)  # what comes after it is followed from here on
+        head = max(stored, self._dispatcher.tail.head)  # what comes after it is followed from here on
         cascade = Cascade(head)
         committed = self._dispatcher.environment.committed
         committed.append(cascade.follow)
@@ -148,6 +149,7 @@ class Waiting:
         return await self._left(last)
 
     async def _drain(self, head: int, cascade: Cascade) -> None:
+        await self._dispatcher.tail.announced(head)
         await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
             await self._clear_all(serving, head)
@@ -165,6 +167,7 @@ class Waiting:
         while found < len(cascade.found):
             record = cascade.found[found]
             found += 1
+            await self._dispatcher.tail.announced(record.position)
             await self._dispatcher.all_lanes()
             for lane in self._dispatcher.lanes_of(record):
                 await self._clear(lane, record.position)

@@ -127,7 +127,7 @@ PLANTS: Sequence[Plant] = (
         (
             Change(
                 "eventbus/_membership.py",
-                "last = self._known if self._dispatcher.head == self._head else None",
+                "last = self._known if self._dispatcher.tail.head == self._head else None",
                 "last = self._known",
             ),
         ),

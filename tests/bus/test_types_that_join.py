@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import attrs
 import pytest
 
 from eventbus import DeliveryStatus, EventBus, HandlingFailed, event
-from tests.bus.shops import Paid, Placed, Shop, running, stay
+from tests.bus.shops import LONG, Paid, Placed, Shop, running, stay
 from tests.bus.support import NO_RETRY, Recorder, until
 
 ORDERS = pytest.mark.parametrize("order", ["type", "log", "key", "none"])
@@ -111,25 +112,37 @@ async def test_a_subclass_that_another_program_publishes(
     assert sorted({*one.seen.seen, *other.seen.seen}) == [0, 1]
 
 
-async def test_a_subclass_that_comes_up_during_a_step(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("published", ["during the step", "after it"])
+async def test_a_subclass_that_comes_up_during_a_step(
+    db: str, published: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """A type that joins while an instance looks how all stand, and is not among what it has said to serve, gets its lane with the
     next step; who drains meanwhile waits for it."""
-    shop, published = Shop(db, Placed), anyio.Event()
+    shop, joined, go_on = Shop(db, Placed, lease=LONG), anyio.Event(), anyio.Event()
     async with shop.bus as bus:
-        membership = running(shop).membership
+        membership, (serving,) = running(shop).membership, running(shop).dispatcher.servings.values()
+        name = f"join.{request.node.name}"
+        late = event(name)(attrs.frozen(type("Late", (Placed,), {"__module__": __name__})))
         renew = membership.renew
 
-        async def renew_and_publish() -> None:
+        async def renew_and_join() -> None:
             await renew()
-            if not published.is_set():
-                late = event("join.late")(attrs.frozen(type("Late", (Placed,), {"__module__": __name__})))
-                await bus.publish(late(1))
-                published.set()
+            if not joined.is_set():
+                await bus.publish(late(0), due=timedelta(hours=1))
+                assert name in serving.types
+                joined.set()
+                await go_on.wait()
 
-        monkeypatch.setattr(membership, "renew", renew_and_publish)
+        monkeypatch.setattr(membership, "renew", renew_and_join)
         membership.poke()
-        with anyio.fail_after(10):
-            await published.wait()
+        await joined.wait()
+        if published == "during the step":
+            await bus.publish(late(1))
+            go_on.set()
+        else:
+            go_on.set()
+            await membership.next_step()
+            await bus.publish(late(1))
         assert await bus.drain(timeout=10) == {}
         assert shop.seen.seen == [1]
 

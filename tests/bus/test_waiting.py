@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,8 @@ import attrs
 import pytest
 
 from eventbus import Delivery, Draft, EventBus, HandlingFailed, Receipt, RetryPolicy, UnknownEvent, WaitTimeout, event
+from eventbus.stores.base import Batch, Committed
+from eventbus.stores.sqlite import SQLiteStore
 from tests.bus.support import NO_RETRY, QUICK, Recorder
 
 
@@ -21,6 +24,22 @@ class Placed:
 @attrs.frozen
 class Shipped:
     n: int
+
+
+class Telling(SQLiteStore):
+    """A store that says that events are written when it is let."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.written = Recorder()
+        self.tell = threading.Event()
+
+    def commit(self, batch: Batch) -> Committed:
+        committed = super().commit(batch)
+        if batch.appends:
+            self.written.add(len(batch.appends))
+            self.tell.wait(10)
+        return committed
 
 
 ORDERS: dict[str, dict[str, Any]] = {
@@ -483,6 +502,26 @@ async def test_drain_while_others_keep_publishing() -> None:
             assert await bus.drain(20) == {}
             assert set(range(20)) <= set(seen.seen)
             group.cancel_scope.cancel()
+
+
+async def test_drain_of_what_is_about_to_be_announced(db: str) -> None:
+    """`drain` waits for an event that is in the log before this instance is told of it, also with lanes that it is not for."""
+    store, seen = Telling(db), Recorder()
+    bus = EventBus(store)
+    bus.subscribe(Placed, name="stock", order="key", concurrency=4)(seen.note)
+
+    async def drain() -> None:
+        with anyio.fail_after(10):
+            assert await bus.drain() == {}
+        assert seen.seen == [Placed(1)]
+
+    async with bus, anyio.create_task_group() as group:
+        group.start_soon(bus.publish, Placed(1))
+        await store.written.wait_for(1)
+        group.start_soon(drain)
+        await anyio.wait_all_tasks_blocked()
+        await bus.stats()  # read after how far the log goes
+        store.tell.set()
 
 
 @each_order
