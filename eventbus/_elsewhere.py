@@ -185,6 +185,16 @@ class Elsewhere:
         """Wait until all that is redriven in the lanes that are not here is settled, as `clear`. False if there was nothing."""
         return await self._none(serving, lambda away: self._redriven(serving, away, 1))
 
+    async def joined(self, serving: Serving) -> bool:
+        """Wait for types of it that could not join it while keys were parked, now that none is. False if there was none."""
+        if not serving.lacks_types() or serving.closed or serving.waits_for is not None:
+            return False
+        rows = await self._reader.ask(WaitingRows(serving.options.name))
+        if any(row.waiting.state == "parked" for row in rows):
+            return False
+        await self._membership.look(self._dispatcher.check_open)
+        return True
+
     async def _none(self, serving: Serving, some: Callable[[Collection[str]], Awaitable[object]]) -> bool:
         """Wait until there is none left in the lanes that are not here. False if there was none."""
         waited = False
@@ -219,7 +229,11 @@ class Elsewhere:
 
     def away(self, serving: Serving) -> set[str]:
         """The lanes that are not here, and that an instance can run."""
-        return self._membership.lanes_of(serving.options.name) - serving.lanes.keys()
+        name = serving.options.name
+        meant: Collection[str] = self._membership.meant_for.get(name, ())
+        if serving.waits_for is not None:
+            meant = [each.lane for each in self._membership.standing.lanes if each.subscription == name]
+        return {*meant} - serving.lanes.keys()
 
     async def left(self, serving: Serving, position: int) -> int:
         """How many deliveries up to a position are not settled in the lanes that are not here; without those that have rows."""

@@ -77,7 +77,8 @@ class Membership:
         self._joined = self._withdrawn = self._leaving = self._failing = False
         self._shares: Mapping[LaneKey, str | None] = {}
         self._shared_for: tuple[object, ...] = ()  # what the shares were computed for
-        self._meant_for: dict[str, dict[str, str]] = {}  # the same by subscription, without what nobody can have
+        self.meant_for: dict[str, dict[str, str]] = {}
+        """The same by subscription: for each lane the instance that is to have it, without those that nobody can have."""
         self._taken: set[LaneKey] = set()  # lanes that others have
         self._asked: list[tuple[Serving, str]] = []  # lanes that were asked for when the step began
         self._ending: set[LaneKey] = set()  # lanes that were lost while something ran in them
@@ -275,10 +276,14 @@ class Membership:
                 serving.refuse(str(error))
                 continue
             serving.follow(now)
-            changed = changed or now != before
+            if (now.generation, now.types, now.derived) != (before.generation, before.types, before.derived):
+                changed = True
+                for lane in [*serving.lanes.values()]:
+                    self.lose(lane)  # it holds other types in the store, or is not there any more
             serving.refuse(None)
         if changed:
             lanes = self._dispatcher.lanes()
+            await self.renew()  # tell what it serves now, or its lanes are nobody's until the next step
             self.standing = await self._reader.ask(Stand())
             self._give_up(self.standing, lanes)
             self._share()
@@ -288,11 +293,9 @@ class Membership:
         then lanes that hold several types would be nobody's."""
         if serving.waits_for is not None:
             return True
-        if serving.options.order == "type":
-            return False
-        stored = serving.stored
-        is_whole = {*stored.types, *stored.derived} >= {*serving.registration.types}
-        return not is_whole or not are_served(stored, self.standing.members)
+        return serving.lacks_types() or (
+            serving.options.order != "type" and not are_served(serving.stored, self.standing.members)
+        )
 
     def _share(self) -> None:
         """Compute who should have which lane; with thousands of lanes that takes long, so not again where all stand as before."""
@@ -306,12 +309,12 @@ class Membership:
             for each in self.standing.subscriptions
         }
         self._shares = share(self.standing, self._wanted)
-        self._meant_for = {name: {} for name in self._wanted}
+        self.meant_for = {name: {} for name in self._wanted}
         for (name, lane), id in self._shares.items():
             if id is not None:
-                self._meant_for[name][lane] = id
+                self.meant_for[name][lane] = id
         for name, serving in self._dispatcher.servings.items():
-            serving.nobodys = self._wanted.get(name, {}).keys() - self._meant_for.get(name, {}).keys()
+            serving.nobodys = self._wanted.get(name, {}).keys() - self.meant_for.get(name, {}).keys()
         others = {member.instance.id for member in self.standing.members} - {self._instance.id}
         self._taken = {(each.subscription, each.lane) for each in self.standing.lanes if each.owner in others}
         self._shared_for = shared_for
@@ -329,7 +332,7 @@ class Membership:
         """Let lanes that others are to have come to rest, and release those that have."""
         resting, own = [], self._instance.id
         for lane in self._dispatcher.lanes():
-            goes = self._meant_for.get(lane.holder.options.name, {}).get(lane.name, own) != own
+            goes = self.meant_for.get(lane.holder.options.name, {}).get(lane.name, own) != own
             if lane.retiring and not goes:
                 lane.retiring = False
                 lane.wake()
@@ -372,7 +375,7 @@ class Membership:
     def _meant_for_us(self) -> list[tuple[Serving, str]]:
         """Lanes that are meant for us and are not here."""
         own, servings = self._instance.id, self._dispatcher.servings.items()
-        meant_for = [(serving, self._meant_for.get(name, {})) for name, serving in servings]
+        meant_for = [(serving, self.meant_for.get(name, {})) for name, serving in servings]
         return [(s, lane) for s, lanes in meant_for for lane, id in lanes.items() if id == own and lane not in s.lanes]
 
     def _is_ours(self, serving: Serving, lane: str) -> bool:
@@ -447,20 +450,17 @@ class Membership:
         """Whether another instance that is alive serves a subscription."""
         return any(name in m.serves for m in self.standing.members if m.instance.id != self._instance.id)
 
-    def lanes_of(self, name: str) -> set[str]:
-        """The lanes of a subscription, as far as an instance can run them."""
-        serving = self._dispatcher.servings.get(name)
-        if serving is not None and serving.waits_for is not None:
-            return {each.lane for each in self.standing.lanes if each.subscription == name}
-        return {*self._meant_for.get(name, ())}
-
     async def hold(self, names: Sequence[str], check: Callable[[], object]) -> None:
         """Have all lanes of these subscriptions that this instance can have, however many there are, until `let_go`; and have the
         others know what is pinned. `check` raises when it is no use to wait any longer."""
         self._holds += names
+        await self.look(check, lambda: all(self._has_whole(name) for name in names))
+
+    async def look(self, check: Callable[[], object], reached: Callable[[], bool] = lambda: True) -> None:
+        """Wait for a step that begins from here on, and until something is so. `check` as in `hold`."""
         begun = self._begun  # a step that is under way may have looked before
         self.poke()
-        while self._looked <= begun or not all(self._has_whole(name) for name in names):
+        while self._looked <= begun or not reached():
             check()
             with anyio.move_on_after(PATIENCE):
                 await self.next_step()
@@ -475,7 +475,7 @@ class Membership:
             return False
         if not fits(own.serves[name], stored):
             return True  # as it is stored, this program gets none of it
-        meant_for = self._meant_for.get(name, {})
+        meant_for = self.meant_for.get(name, {})
         return {*meant_for.values()} <= {self._instance.id} and meant_for.keys() <= serving.lanes.keys()
 
     def let_go(self, names: Sequence[str]) -> None:

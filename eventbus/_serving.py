@@ -153,6 +153,17 @@ class Serving:
             f"here it is declared with order={options.order!r}, concurrency={options.concurrency}"
         )
 
+    def lacks_types(self) -> bool:
+        """Whether it is stored without a type that it declares. Lanes that hold several types may have to wait for one."""
+        return self.options.order != "type" and not {*self.stored.types, *self.stored.derived} >= {*self.registration.types}
+
+    def lacking(self, types: Iterable[str]) -> list[str]:
+        """Of these types those that it declares and is stored without, and that have events for it."""
+        if not self.lacks_types():
+            return []
+        declared, held = Patterns(self.registration.types), Patterns((*self.stored.types, *self.stored.derived))
+        return [type for type in types if declared.cover(type) and not held.cover(type) and self.stored.wants(type)]
+
     def serves(self) -> Serves:
         """What other instances are told of how it is served here."""
         self.cannot |= {lane.name: lane.blocked_at for lane in self.lanes.values() if lane.blocked is not None}

@@ -176,14 +176,16 @@ class Waiting:
                 await self._elsewhere.clear(serving, cascade.found[-1].position)
 
     async def _clear_all(self, serving: Serving, position: int) -> None:
-        """Wait for all lanes of a subscription, wherever they are, also for those that move meanwhile."""
+        """Wait for all lanes of a subscription, wherever they are, also for those that move or are made anew meanwhile."""
         cleared: set[Lane] = set()
         while True:
+            away = self._elsewhere.away(serving)
             for lane in [each for each in serving.lanes.values() if each not in cleared]:
                 await self._clear(lane, position)
                 cleared.add(lane)
             await self._elsewhere.clear(serving, position)
-            if cleared >= set(serving.lanes.values()):
+            joined = await self._elsewhere.joined(serving)
+            if not joined and cleared >= {*serving.lanes.values()} and self._elsewhere.away(serving) <= away:
                 return
 
     async def _clear(self, lane: Lane, position: int) -> None:
@@ -200,6 +202,8 @@ class Waiting:
         count = serving.redriver.known + await self._elsewhere.left(serving, head)
         if behind or serving.parks() or self._elsewhere.away(serving):
             count += (await self._reader.ask(LagOfRows(serving.options.name, serving.exact_types())))[0]
+        for type in serving.lacking(self._dispatcher.known_types):
+            count += (await self._reader.ask(Lag(serving.stored.settled_up_to(type), (type,), until=head)))[0]
         for lane in behind:
             types, slots = serving.reads(lane.name)
             lag, _ = await self._reader.ask(Lag(lane.stored, types, slots, until=head))

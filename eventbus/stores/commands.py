@@ -86,6 +86,10 @@ class Subscribed(msgspec.Struct, frozen=True):
         that no instance serves, or served when it was passed: these are unsettled, if they are not too old (`since`)."""
         return self.order == "type" or covers((*self.types, *self.derived), type)
 
+    def settled_up_to(self, type: str) -> int:
+        """All events of a type up to here were settled by lanes of earlier, or come before it begins; some above may be."""
+        return max([since_of(self.since, type) or 0, *(floor.below(type) for floor in self.floors)])
+
     def settled_before(self, position: int, type: str, slot: int, key: str | None) -> bool:
         """Whether an event was settled by lanes of earlier: before the order, or the types that they hold, were others."""
         return any(floor.settles(position, type, slot, key) for floor in self.floors)
