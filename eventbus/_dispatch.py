@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from eventbus._environment import Environment
-from eventbus._intake import Budget, Feed, runs_by_type
+from eventbus._intake import READ_AGAIN, Budget, Feed, runs_by_type
 from eventbus._lanes import Lane
 from eventbus._probation import Probation
+from eventbus._reader import report
 from eventbus._serving import ONE_LANE, Serving
 from eventbus._tail import Tail
 from eventbus.errors import BusNotOpen, EventBusError
 from eventbus.hooks import DispatchHalted
-from eventbus.stores.base import Committed, LaneState, Notice, Record, Subscribed, Suspicion, Waiting
+from eventbus.stores.base import Committed, LaneState, Notice, Record, Subscribed, Suspicion, Types, Waiting
 
 if TYPE_CHECKING:
     from eventbus._decoding import Decoder
@@ -42,14 +43,12 @@ class Dispatcher:
         self.others: dict[str, tuple[Subscribed, str]] = {}
         """Stored subscriptions that are not dispatched here, and why."""
         self.known_types: set[str] = set()
-        self.tail = Tail(environment.reader, environment.timers, environment.loop, self._feeds, self._offer)
+        self.tail = Tail(environment.reader, environment.loop, self._feeds, self._offer)
         self.published = 0
         self.leaving = False
         self.crash: EventBusError | None = None
         self.on_crash: Callable[[EventBusError], object] = lambda _error: None
         self.on_new_lane: Callable[[Serving, str], object] = lambda _serving, _type: None
-        self.on_foreign: Callable[[], object] = lambda: None
-        """Others have published."""
         self.on_notice: Callable[[Notice], object] = lambda _notice: None
         self.on_renewal_due: Callable[[], object] = lambda: None
         self.on_lane_lost: Callable[[], object] = lambda: None
@@ -61,10 +60,6 @@ class Dispatcher:
         self.promotions: dict[str, list[Waiter]] = {}
         self._routes: dict[str, tuple[Feed, ...]] = {}
         self._await_lanes: list[Waiter] = []
-
-    def get_head(self) -> int:
-        """The last position that was announced."""
-        return self.tail.head
 
     # -------------------------------------------------------------- what the journal tells
 
@@ -101,8 +96,25 @@ class Dispatcher:
         self.on_renewal_due()
 
     def _others_published(self) -> None:
-        self.on_foreign()
+        """There may be types for which a lane is wanted, and events that somebody here has scheduled."""
+        if any(serving.options.order == "type" and serving.exact_types() is None for serving in self.servings.values()):
+            self.look_for_types()
         self._tell_promotions()
+
+    def look_for_types(self) -> None:
+        """Ask for the types in the log, and for lanes for those that are new."""
+        self.environment.reader.ask_then(Types(), self._on_types)
+
+    def _on_types(self, known: Mapping[str, int] | BaseException) -> None:
+        if isinstance(known, BaseException):
+            report("the types in the log", known)
+            self.environment.timers.after(READ_AGAIN, self.look_for_types)
+            return
+        for type in known.keys() - self.known_types:
+            self.known_types.add(type)
+            for serving in self.servings.values():
+                if serving.options.order == "type" and serving.wants(type):
+                    self.on_new_lane(serving, type)
 
     def tell_promoted(self, event_ids: Iterable[str]) -> None:
         """Scheduled events are in the log, or are cancelled."""

@@ -185,6 +185,11 @@ class Elsewhere:
         """Wait until all that is redriven in the lanes that are not here is settled, as `clear`. False if there was nothing."""
         return await self._none(serving, lambda away: self._redriven(serving, away, 1))
 
+    async def looked(self) -> None:
+        """Learn what others have changed by now: types that they have published first need lanes here."""
+        if not self._membership.knows_all():
+            await self._membership.look(self._dispatcher.check_open)
+
     async def joined(self, serving: Serving) -> bool:
         """Wait for types of it that could not join it while keys were parked, now that none is. False if there was none."""
         if not serving.lacks_types() or serving.closed or serving.waits_for is not None:

@@ -29,6 +29,13 @@ RECORD_OVERHEAD = 600
 """Bytes that a waiting event takes beside its data, roughly."""
 READ_AGAIN = 0.5
 """Seconds after which a page that could not be read is asked for again."""
+MEANWHILE_BYTES = 4 * 1_048_576
+"""What is announced while a page is under way is kept up to here; if it is more, it is read."""
+
+
+def bytes_of(records: Sequence[Record]) -> int:
+    """What events take in memory, roughly."""
+    return sum([len(record.data) for record in records]) + RECORD_OVERHEAD * len(records)
 
 
 class Budget:
@@ -81,6 +88,9 @@ class Intake:
         self.live = False
         self.bytes = 0
         self.forgotten = 0
+        self.dozes = False
+        """It has forgotten what waited, and nobody has asked for it since: nothing is read for it, or lanes that nobody serves
+        would make each other forget what was read for them, without end."""
         self._queue: deque[Record] = deque()
         self._budget = budget
         self._wake = wake
@@ -94,7 +104,7 @@ class Intake:
 
     def offer(self, records: Sequence[Record]) -> bool:
         """Take events that come after all taken so far, as many as there is room for; False if some were left."""
-        size = sum([len(record.data) for record in records]) + RECORD_OVERHEAD * len(records)
+        size = bytes_of(records)
         if len(self._queue) + len(records) > QUEUE or not self._budget.has_room(self, size):
             return self._offer_singly(records)
         self._take_in(records, size)
@@ -116,8 +126,10 @@ class Intake:
     def pop(self) -> Record | None:
         """The next event, or None: then more is on its way, or there is none."""
         queue = self._queue
-        if not self.live and not self.feed.page and len(queue) < PAGE:
-            self.feed.read()
+        if not self.live:
+            self.dozes = False
+            if not self.feed.page and len(queue) < PAGE:
+                self.feed.read()
         if not queue:
             return None
         record = queue.popleft()
@@ -155,6 +167,7 @@ class Intake:
             self._budget.used -= self.bytes
             self.bytes = 0
             self.live = False
+            self.dozes = True
             self.forgotten += 1
             self._wake()
 
@@ -162,7 +175,7 @@ class Intake:
         """Begin again after another position."""
         self.forget()
         self.taken = taken
-        self.live = False
+        self.live = self.dozes = False
         self.forgotten += 1
 
     def _grow(self, size: int) -> None:
@@ -177,7 +190,8 @@ class Feed:
         lanes: how many there are; those of other instances have no intake here.
         types: exact names of the types to read, None for all of them.
         start_of: the position after which events of a type are for this feed; infinite where they are not.
-        head: the last position that was announced.
+        head: the last position that was announced. end: how far the log is known to go. Nothing is read beyond it: what is
+            committed here is told of together with the types that join by it.
     """
 
     def __init__(
@@ -188,6 +202,7 @@ class Feed:
         reader: Reader,
         timers: Timers,
         head: Callable[[], int],
+        end: Callable[[], int],
     ) -> None:
         self._lanes = lanes
         self.types = types
@@ -195,6 +210,7 @@ class Feed:
         self._reader = reader
         self._timers = timers
         self.head = head
+        self._end = end
         self.page = 0
         """Number of the page that is being read; 0: none."""
         self._pages = 0
@@ -216,7 +232,7 @@ class Feed:
         """Events of one type are next in the log."""
         if self.page and self._meanwhile is not None:
             self._meanwhile.append((type, records))
-            self._room -= len(records)
+            self._room -= bytes_of(records)
             if self._room < 0:
                 self._meanwhile = None
         if self._lanes == 1:
@@ -272,17 +288,17 @@ class Feed:
         """Read the next page for the lanes that are behind and have room."""
         if self.page or self.closed:
             return
-        behind = [i for i in self.intakes.values() if not i.live and len(i) < PAGE and i.has_room()]
+        behind = [i for i in self.intakes.values() if not i.live and not i.dozes and len(i) < PAGE and i.has_room()]
         if behind:
-            after = min(intake.taken for intake in behind)
-            self._meanwhile, self._room = [], QUEUE
+            after, until = min(intake.taken for intake in behind), self._end()
+            self._meanwhile, self._room = [], MEANWHILE_BYTES
             self._pages += 1
             self.page = self._pages
-            query = Events(after, PAGE, PAGE_BYTES, types=self.types)
+            query = Events(after, PAGE, PAGE_BYTES, until=until, types=self.types)
             asked = {intake: intake.forgotten for intake in self.intakes.values()}
-            self._reader.ask_then(query, functools.partial(self._on_page, self.page, after, asked))
+            self._reader.ask_then(query, functools.partial(self._on_page, self.page, query, asked))
 
-    def _on_page(self, number: int, after: int, asked: Mapping[Intake, int], page: Page | BaseException) -> None:
+    def _on_page(self, number: int, query: Events, asked: Mapping[Intake, int], page: Page | BaseException) -> None:
         if number != self.page or self.closed:
             return
         self.page = 0
@@ -291,9 +307,9 @@ class Feed:
             self._timers.after(READ_AGAIN, self.read)
             return
         # An intake takes part if the page begins at or before the place that it has reached.
-        reaches_head = page.up_to >= self.head() or (page.up_to >= page.head and self._meanwhile is not None)
+        reaches_head = page.up_to >= self.head() or (page.up_to == query.until and self._meanwhile is not None)
         behind: dict[Intake, list[Record]] = {
-            i: [] for i in self.intakes.values() if not i.live and i.taken >= after and i.forgotten == asked.get(i)
+            i: [] for i in self.intakes.values() if not i.live and i.taken >= query.after and i.forgotten == asked.get(i)
         }
         self._sort(page.records, behind)
         for intake, records in behind.items():

@@ -18,7 +18,6 @@ import msgspec
 
 from eventbus._journal import NOTICE_ALONE, NOTICE_INTERVAL
 from eventbus._probation import running
-from eventbus._reader import report
 from eventbus._serving import by_lane, lanes_wanted
 from eventbus._sharing import LaneKey, are_served, fits, share
 from eventbus.errors import BusNotOpen, EventBusError, InvalidSubscription
@@ -200,6 +199,10 @@ class Membership:
         finally:  # also if this task was cancelled meanwhile: or the others would take this instance for dead
             await self._journal.command(Beat(self._instance, leaving=True))
 
+    def knows_all(self) -> bool:
+        """Whether the last look has seen all that others have done, as far as is known."""
+        return self.is_alone() and self._at_rest.done and not self._changed.done
+
     def is_alone(self) -> bool:
         """Whether there is no other instance."""
         return all(member.instance.id == self._instance.id for member in self.standing.members)
@@ -304,10 +307,7 @@ class Membership:
         if shared_for == self._shared_for:
             return
         # Also of those that are not served here: who has much of them gets less of others, and all instances must agree on it.
-        self._wanted = {
-            each.name: dict(lanes_wanted(each.order, each.concurrency, each.types, each.since, self._known))
-            for each in self.standing.subscriptions
-        }
+        self._wanted = {each.name: dict(self._lanes_wanted(each)) for each in self.standing.subscriptions}
         self._shares = share(self.standing, self._wanted)
         self.meant_for = {name: {} for name in self._wanted}
         for (name, lane), id in self._shares.items():
@@ -318,6 +318,10 @@ class Membership:
         others = {member.instance.id for member in self.standing.members} - {self._instance.id}
         self._taken = {(each.subscription, each.lane) for each in self.standing.lanes if each.owner in others}
         self._shared_for = shared_for
+
+    def _lanes_wanted(self, stored: Subscribed) -> list[tuple[str, int]]:
+        types = (*stored.types, *stored.derived) if stored.order == "type" else stored.types
+        return lanes_wanted(stored.order, stored.concurrency, types, stored.since, self._known)
 
     def _kick_redrivers(self) -> None:
         """Others may have redriven something."""
@@ -425,24 +429,6 @@ class Membership:
         if free and type not in serving.claiming and serving.waits_for is None:
             serving.claiming.add(type)
             self.poke()
-
-    def look_for_types(self) -> None:
-        """Others have published: there may be types for which a lane is wanted."""
-        if any(
-            serving.options.order == "type" and serving.exact_types() is None for serving in self._dispatcher.servings.values()
-        ):
-            self._reader.ask_then(Types(), self._on_types)
-
-    def _on_types(self, known: Mapping[str, int] | BaseException) -> None:
-        if isinstance(known, BaseException):
-            report("the types in the log", known)
-            self._environment.timers.after(RETRY, self.look_for_types)
-            return
-        for type in known.keys() - self._dispatcher.known_types:
-            self._dispatcher.known_types.add(type)
-            for serving in self._dispatcher.servings.values():
-                if serving.options.order == "type" and serving.wants(type):
-                    self.want_lane(serving, type)
 
     # -------------------------------------------------------------- for those who need to know
 

@@ -144,7 +144,6 @@ class Running:
             self.environment.fenced = self.membership.lose
             self.membership.on_step = self._on_step
             self.dispatcher.on_new_lane = self.membership.want_lane
-            self.dispatcher.on_foreign = self.membership.look_for_types
             self.dispatcher.on_notice = self._on_notice
             self.dispatcher.on_renewal_due = self.membership.poke
             self.dispatcher.on_lane_lost = self._interrupt_replays

@@ -338,7 +338,7 @@ class Serving:
         if last is not None:
             types = [t for t in last if self.wants(t)] if intake.feed.types is None else intake.feed.types
             if all(last.get(t, 0) <= intake.taken for t in types):
-                intake.taken = max(intake.taken, self._dispatcher.get_head())
+                intake.taken = max(intake.taken, self._dispatcher.tail.head)
                 intake.live = True
         intake.feed.read()
         lane.wake()
@@ -374,8 +374,8 @@ class Serving:
             types = (lane,) if by_type else self.exact_types()
             environment = self._dispatcher.environment
             lanes = self.options.concurrency if self.options.order == "key" else 1
-            get_head = self._dispatcher.get_head
-            feed = self.feeds[name] = Feed(lanes, types, self.start_of, environment.reader, environment.timers, get_head)
+            reader, timers, tail = environment.reader, environment.timers, self._dispatcher.tail
+            feed = self.feeds[name] = Feed(lanes, types, self.start_of, reader, timers, lambda: tail.head, lambda: tail.end)
             feed.settled_before = self._settled_before if self.stored.floors else None
         return self.feeds[name]
 

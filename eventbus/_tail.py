@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from eventbus._intake import PAGE, PAGE_BYTES, QUEUE, READ_AGAIN
+from eventbus._intake import PAGE, PAGE_BYTES, bytes_of
 from eventbus._reader import report
 from eventbus.stores.base import Committed, Events, Page, Record, slot_of
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from eventbus._intake import Feed
     from eventbus._loop import Loop, Waiter
     from eventbus._reader import Reader
-    from eventbus._timers import Timers
 
+WAITING_BYTES = 4 * 1_048_576
+"""Of what is committed here while what others have committed before it is read, so much is kept in memory."""
 MOST_TYPES = 50
 """With more of them all types are read: for so many a store looks through the log in any case."""
 
@@ -37,13 +38,11 @@ class Tail:
     def __init__(
         self,
         reader: Reader,
-        timers: Timers,
         loop: Loop,
         feeds: Callable[[], Iterable[Feed]],
         offer: Callable[[Sequence[Record]], object],
     ) -> None:
         self._reader = reader
-        self._timers = timers
         self._loop = loop
         self._feeds = feeds
         self._offer = offer
@@ -52,8 +51,9 @@ class Tail:
         self.end = 0
         """The log is known to go on to here."""
         self._own: deque[Committed] = deque()  # what was committed here after something that is still to be read
-        self._room = QUEUE  # for so many events more
-        self._reading = False
+        self._room = WAITING_BYTES
+        self._dropped = 0  # up to here some of that did not find room, and is read
+        self._reading = self._closed = False
         self._waiters: list[tuple[int, Waiter]] = []
 
     def begin(self, head: int) -> None:
@@ -61,15 +61,16 @@ class Tail:
         self.head = self.end = head
 
     def committed(self, committed: Committed) -> None:
-        """This instance has committed events."""
+        """This instance has committed something, with events or without."""
         if committed.previous_head == self.head:
             self._announce(committed.events, committed.head)
             return
-        self._own.append(committed)
-        self._room -= len(committed.events)
-        if self._room < 0:
-            self._own.clear()  # they are read with the rest
-            self._room = QUEUE
+        if committed.events:
+            self._own.append(committed)
+            self._room -= bytes_of(committed.events)
+            if self._room < 0:
+                self._own.clear()
+                self._room, self._dropped = WAITING_BYTES, committed.head
         self.extend(committed.head)
 
     def extend(self, end: int) -> None:
@@ -79,13 +80,18 @@ class Tail:
 
     async def announced(self, position: int) -> None:
         """Wait until everything up to a position was announced, or the bus is closing."""
-        if self.head < position:
-            waiter = self._loop.waiter()
-            self._waiters.append((position, waiter))
-            await waiter.wait()
+        if self.head < position and not self._closed:
+            waits = (position, self._loop.waiter())
+            self._waiters.append(waits)
+            try:
+                await waits[1].wait()
+            finally:
+                if waits in self._waiters:
+                    self._waiters.remove(waits)
 
     def close(self) -> None:
         """Nothing more comes of it: those who wait are told."""
+        self._closed = True
         for _, waiter in self._waiters:
             waiter.set()
 
@@ -94,10 +100,12 @@ class Tail:
         while not self._reading:
             if self._own and self._own[0].previous_head <= self.head:
                 own = self._own.popleft()
-                self._room += len(own.events)
+                self._room += bytes_of(own.events)
                 self._announce([record for record in own.events if record.position > self.head], own.head)
             elif self.head < self.end:
-                self._read(self._own[0].previous_head if self._own else self.end, self._wanted())
+                # Of what was dropped here, nobody may have a lane for a type yet: it must come by to be asked for.
+                types = None if self.head < self._dropped else self._wanted()
+                self._read(self._own[0].previous_head if self._own else self.end, types)
             else:
                 return
 
@@ -132,18 +140,21 @@ class Tail:
         self._reader.ask_then(query, partial(self._on_page, until, types))
 
     def _on_page(self, until: int, types: tuple[str, ...] | None, page: Page | BaseException) -> None:
-        if isinstance(page, BaseException) or page.up_to <= self.head:
-            if isinstance(page, BaseException):
-                report("the log", page)
-            self._timers.after(READ_AGAIN, self._read_again)
-            return
         self._reading = False
-        self._passed(until, page, types)
+        if isinstance(page, BaseException):
+            report("the log", page)
+            self._leave_to_feeds(until)
+        elif page.up_to <= self.head:
+            self._leave_to_feeds(until)
+        else:
+            self._passed(until, page, types)
         self._go_on()
 
-    def _read_again(self) -> None:
-        self._reading = False
-        self._go_on()
+    def _leave_to_feeds(self, until: int) -> None:
+        """Each feed reads for itself up to here, and those that can go on without the others."""
+        for feed in self._feeds():
+            feed.fall_behind(self.head)
+        self._announce((), until)
 
     def _passed(self, until: int, page: Page, types: tuple[str, ...] | None) -> None:
         """Announce a page of these types, unless one of them is missing by now."""
@@ -157,9 +168,7 @@ class Tail:
             feed.miss()
         if any(record.fault is not None for record in page.records):
             # Its type may be what is damaged. Whose it is only the index says, so each feed asks for its own.
-            for feed in self._feeds():
-                feed.fall_behind(self.head)
-            self._announce((), page.up_to)
+            self._leave_to_feeds(page.up_to)
             return
         for record in page.records:
             record.slot = slot_of(record.id if record.key is None else record.key)  # what is stored of it has no checksum

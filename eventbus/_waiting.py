@@ -73,7 +73,7 @@ class Waiting:
         blocked = await self._elsewhere.settled(record, at_once=True)
         while not blocked:
             await self._dispatcher.all_lanes()
-            await self._dispatcher.tail.announced(record.position)
+            await self._announced(record.position)
             found = await self._blocked_here(record)
             blocked = {name: reason for name, reason in found.items() if reason != MOVED}
             blocked = blocked or await self._elsewhere.settled(record)
@@ -149,7 +149,8 @@ class Waiting:
         return await self._left(last)
 
     async def _drain(self, head: int, cascade: Cascade) -> None:
-        await self._dispatcher.tail.announced(head)
+        await self._announced(head)
+        await self._elsewhere.looked()
         await self._dispatcher.all_lanes()
         for serving in list(self._dispatcher.servings.values()):
             await self._clear_all(serving, head)
@@ -167,13 +168,17 @@ class Waiting:
         while found < len(cascade.found):
             record = cascade.found[found]
             found += 1
-            await self._dispatcher.tail.announced(record.position)
+            await self._announced(record.position)
             await self._dispatcher.all_lanes()
             for lane in self._dispatcher.lanes_of(record):
                 await self._clear(lane, record.position)
         if cascade.found:
             for serving in list(self._dispatcher.servings.values()):
                 await self._elsewhere.clear(serving, cascade.found[-1].position)
+
+    async def _announced(self, position: int) -> None:
+        await self._dispatcher.tail.announced(position)
+        self._dispatcher.check_open()
 
     async def _clear_all(self, serving: Serving, position: int) -> None:
         """Wait for all lanes of a subscription, wherever they are, also for those that move or are made anew meanwhile."""

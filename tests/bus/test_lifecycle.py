@@ -507,7 +507,7 @@ async def test_what_is_asked_while_it_closes_is_no_error(db: str, caplog: pytest
         assert running is not None
     (serving,) = running.dispatcher.servings.values()
     serving.redriver.kick()
-    running.membership.look_for_types()
+    running.dispatcher.look_for_types()
     with running.elsewhere._watching():
         running.elsewhere.noticed()
     assert not caplog.records

@@ -112,6 +112,20 @@ async def test_a_subclass_that_another_program_publishes(
     assert sorted({*one.seen.seen, *other.seen.seen}) == [0, 1]
 
 
+@ORDERS
+async def test_a_subclass_that_one_who_only_publishes_brings(db: str, order: str, request: pytest.FixtureRequest) -> None:
+    """It has its lane where it is known, and who drains there waits for it, though nothing was told of it yet."""
+    shop, web = shop_of(Path(db), Placed, order=order), shop_of(Path(db), Placed, order=order)
+    async with shop.bus as bus, web.bus.open(dispatch=False) as desk:
+        await desk.publish(Placed(0))
+        assert await bus.drain(10) == {}
+        late = event(f"join.{request.node.name}")(attrs.frozen(type("Late", (Placed,), {"__module__": __name__})))
+        assert [each async for each in bus.history(late)] == []
+        await desk.publish(late(1))
+        assert await bus.drain(10) == {}
+        assert shop.seen.seen == [0, 1]
+
+
 @pytest.mark.parametrize("published", ["during the step", "after it"])
 async def test_a_subclass_that_comes_up_during_a_step(
     db: str, published: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

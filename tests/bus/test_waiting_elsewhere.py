@@ -6,7 +6,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from eventbus import EventBus, HandlingFailed, Receipt, Reject, RetryPolicy, WaitTimeout
+from eventbus import Envelope, EventBus, HandlingFailed, Receipt, Reject, RetryPolicy, WaitTimeout
 from tests.bus.shops import (
     LONG,
     Counting,
@@ -171,6 +171,21 @@ async def test_drain_while_another_is_busy(db: str) -> None:
             await quiet_work(first)
             assert store.reads - before < 50
             second.go_on.set()
+
+
+async def test_drain_of_a_type_that_another_has_just_published(db: str) -> None:
+    """`drain` waits for the lane of a type of which nothing was known here."""
+    bus, desk, seen = EventBus(db, lease=LONG), EventBus(db, lease=LONG), Recorder()
+
+    @bus.subscribe("*", name="audit")
+    async def audit(envelope: Envelope) -> None:
+        seen.add(envelope.type)
+
+    async with bus, desk:
+        await bus.drain(10)
+        await desk.publish(Paid(1))
+        assert await bus.drain(10) == {}
+        assert seen.seen == ["Paid"]
 
 
 async def test_drain_waits_for_redrives_elsewhere(db: str) -> None:

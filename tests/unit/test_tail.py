@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import anyio
 import pytest
 
-from eventbus._intake import QUEUE, Budget, Feed, Intake, runs_by_type
+from eventbus import _tail as tail_module
+from eventbus._intake import Budget, Feed, Intake, runs_by_type
 from eventbus._loop import current_loop
 from eventbus._tail import MOST_TYPES, Tail
 from eventbus.errors import StoreUnavailable
@@ -24,7 +26,8 @@ class _Log:
         self.later: list[Callable[[], object]] = []
         self.feeds: list[Feed] = []
         self.lanes: list[Intake] = []
-        self.tail = Tail(anything, anything, anything, lambda: self.feeds, self.offer)
+        self.offered: list[str] = []
+        self.tail = Tail(anything, anything, lambda: self.feeds, self.offer)
         self.tail.begin(5)
         for each in types:
             self.add(each)
@@ -32,7 +35,7 @@ class _Log:
     def add(self, types: tuple[str, ...] | None, taken: int = 5, *, live: bool = True) -> Intake:
         """Another feed."""
         anything = cast("Any", self)
-        feed = Feed(1, types, lambda _type: 0, anything, anything, lambda: self.tail.head)
+        feed = Feed(1, types, lambda _type: 0, anything, anything, lambda: self.tail.head, lambda: self.tail.end)
         lane = feed.intakes[0] = Intake(feed, Budget(1_000_000), taken, lambda: None)
         lane.live = live
         self.feeds.append(feed)
@@ -40,6 +43,7 @@ class _Log:
         return lane
 
     def offer(self, records: Sequence[Record]) -> None:
+        self.offered += [record.type for record in records]
         for type, run in runs_by_type(records):
             for feed in self.feeds:
                 if feed.types is None or type in feed.types:
@@ -109,12 +113,12 @@ def test_nothing_is_read_for_those_who_are_behind() -> None:
     log = _Log()
     lane = log.add(("a",), 3, live=False)
     lane.feed.read()
-    assert log.asked() == [(3, None, {"a"})]
+    assert log.asked() == [(3, 5, {"a"})]
     log.tail.extend(7)
-    assert (log.tail.head, log.asked()) == (7, [(3, None, {"a"})])
+    assert (log.tail.head, log.asked()) == (7, [(3, 5, {"a"})])
     log.answer(_at(4, "a"), up_to=6, head=6)  # read before 7 was there
     assert not lane.live
-    assert log.asked() == [(6, None, {"a"})]
+    assert log.asked() == [(6, 7, {"a"})]
     log.answer(_at(7, "a"))
     assert lane.live
     assert log.positions() == [[4, 7]]
@@ -146,14 +150,29 @@ def test_own_commits_that_were_read_before_they_were_told_of() -> None:
     assert not log.questions
 
 
-def test_more_own_commits_than_may_wait_are_read() -> None:
-    """They are in the log, and need no memory."""
-    log = _Log(None)
-    log.tail.committed(_commit(*[_at(n, "a") for n in range(7, QUEUE + 8)]))
-    assert log.asked() == [(5, QUEUE + 7, None)]
+def test_more_own_commits_than_may_wait_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in the log, and need no memory. Of all types, so that one comes by that nobody has a lane for yet."""
+    monkeypatch.setattr(tail_module, "WAITING_BYTES", 1_000)
+    log = _Log(("a",))
+    log.tail.committed(_commit(_at(7, "a")))
+    log.tail.committed(_commit(_at(8, "a"), _at(9, "b")))
     log.answer(_at(6, "a"), up_to=6)
-    assert log.asked() == [(6, QUEUE + 7, None)]
-    assert log.positions() == [[6]]
+    assert log.asked() == [(6, 9, None)]
+    log.tail.committed(_commit(_at(11, "a")))
+    log.answer(_at(7, "a"), _at(8, "a"), _at(9, "b"))
+    assert log.offered == ["a", "a", "a", "b"]
+    assert log.asked() == [(9, 10, {"a"})]
+
+
+def test_commits_without_events_wait_for_nothing() -> None:
+    """Outcomes are committed a hundred times a second; a page that takes long is not cut into pieces by them."""
+    log = _Log(("a",))
+    log.tail.extend(6)
+    for head in (7, 8, 9):
+        log.tail.committed(Committed(head, head, (), {}, (), ()))
+    assert not log.tail._own
+    log.answer(_at(6, "a"))
+    assert log.asked() == [(6, 9, {"a"})]
 
 
 def test_what_is_left_of_a_page_that_was_cut_is_read_next() -> None:
@@ -197,7 +216,7 @@ def test_a_damaged_event_goes_to_whom_the_store_finds_it_for() -> None:
     log = _Log(("a",), ("b",))
     log.tail.extend(7)
     log.answer(_at(6, "zzzz", "damaged"), _at(7, "b"))
-    assert log.asked() == [(5, None, {"a"}), (5, None, {"b"})]
+    assert log.asked() == [(5, 7, {"a"}), (5, 7, {"b"})]
     log.answer(_at(6, "zzzz", "damaged"), up_to=7)
     log.answer(_at(7, "b"))
     assert log.positions() == [[6], [7]]
@@ -215,27 +234,68 @@ def test_a_damaged_slot_changes_no_lane() -> None:
 
 
 @pytest.mark.parametrize("answer", [StoreUnavailable("not now"), Page((), 5, 5)], ids=["error", "nothing new"])
-def test_a_page_that_brings_nothing_is_asked_for_again(answer: object, caplog: pytest.LogCaptureFixture) -> None:
-    """A moment later, not at once; what is committed here meanwhile waits."""
-    log = _Log(("a",))
+def test_a_page_that_brings_nothing_holds_up_nobody_else(answer: object, caplog: pytest.LogCaptureFixture) -> None:
+    """Each feed reads for itself then, so that those whose events can be read go on."""
+    log = _Log(("a",), ("b",))
     log.tail.extend(6)
     log.questions.pop(0)[1](answer)
     log.tail.committed(_commit(_at(7, "a")))
-    assert not log.questions
-    (again,) = log.later
-    again()
-    assert log.asked() == [(5, 6, {"a"})]
+    assert log.tail.head == 7
+    assert log.asked() == [(5, 6, {"a"}), (5, 6, {"b"})]
+    log.questions.pop()[1](StoreUnavailable("neither"))
     log.answer(_at(6, "a"))
-    assert log.positions() == [[6, 7]]
+    assert log.positions()[0] == [6, 7]
+    assert len(log.later) == 1
     assert caplog.text.count("not now") == isinstance(answer, StoreUnavailable)
 
 
+def test_nothing_is_read_beyond_what_is_known_of() -> None:
+    """What is committed here may have brought a type that a page was not asked for, and is told of together with that."""
+    log = _Log()
+    lane = log.add(("a",), 3, live=False)
+    lane.feed.read()
+    assert log.asked() == [(3, 5, {"a"})]
+    log.answer(_at(4, "a"), head=6)
+    assert lane.live
+    lane.feed.retype(("a", "b"))
+    log.tail.committed(_commit(_at(6, "b")))
+    assert log.positions() == [[4, 6]]
+
+
+def test_what_was_settled_before_the_lanes_were_made_anew_is_not_offered() -> None:
+    """Others may have settled what they have committed, in lanes of before, by the time it is announced here."""
+    log = _Log(("a",))
+    log.feeds[0].settled_before = lambda record: record.position == 6
+    log.tail.extend(7)
+    log.answer(_at(6, "a"), _at(7, "a"))
+    assert log.positions() == [[7]]
+
+
+def test_lanes_that_nobody_serves_do_not_make_each_other_forget_without_end() -> None:
+    """What one has forgotten is read again when it is asked for, not as soon as there is room."""
+    log = _Log()
+    first, second = (log.add((type,), 0, live=False) for type in "ab")
+    first._budget = second._budget = Budget(1_500)  # two events
+    for lane in (first, second):
+        lane.feed.read()
+    log.answer(_at(1, "a"), up_to=5)
+    log.answer(_at(2, "b"), _at(3, "b"), up_to=5)
+    assert (len(first), first.dozes, log.asked()) == (0, True, [])
+    assert first.pop() is None
+    assert log.asked() == [(0, 5, {"a"})]
+
+
 async def test_who_waits_is_told() -> None:
-    """Of a position when it was announced; of all when nothing more will be."""
+    """Of a position when it was announced; of all when nothing more will be, and then nobody waits any more."""
     log, loop = _Log(("a",)), current_loop()
     log.tail._loop = loop
-    await log.tail.announced(5)
-    loop.soon(lambda: log.tail.committed(_commit(_at(6, "b"))))
-    await log.tail.announced(6)
-    loop.soon(log.tail.close)
-    await log.tail.announced(7)
+    with anyio.fail_after(10):
+        await log.tail.announced(5)
+        loop.soon(lambda: log.tail.committed(_commit(_at(6, "b"))))
+        await log.tail.announced(6)
+        with anyio.move_on_after(0):
+            await log.tail.announced(7)
+        assert not log.tail._waiters
+        loop.soon(log.tail.close)
+        await log.tail.announced(7)
+        await log.tail.announced(8)
