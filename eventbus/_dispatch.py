@@ -43,6 +43,8 @@ class Dispatcher:
         self.others: dict[str, tuple[Subscribed, str]] = {}
         """Stored subscriptions that are not dispatched here, and why."""
         self.known_types: set[str] = set()
+        self.heard = 0
+        """How often it was found that others have published."""
         self.tail = Tail(environment.reader, environment.loop, self._feeds, self._offer)
         self.published = 0
         self.leaving = False
@@ -97,6 +99,7 @@ class Dispatcher:
 
     def _others_published(self) -> None:
         """There may be types for which a lane is wanted, and events that somebody here has scheduled."""
+        self.heard += 1
         if any(serving.options.order == "type" and serving.exact_types() is None for serving in self.servings.values()):
             self.look_for_types()
         self._tell_promotions()

@@ -274,7 +274,7 @@ class Feed:
         """What comes after this position is not offered to its lanes, which had been given all up to there: they read it."""
         for intake in self.intakes.values():
             if intake.live:
-                intake.taken, intake.live = max(intake.taken, after), False
+                intake.taken, intake.live, intake.dozes = max(intake.taken, after), False, False
         self._meanwhile = None
         self.read()
 

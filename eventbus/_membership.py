@@ -85,6 +85,8 @@ class Membership:
         self._known: Mapping[str, int] = {}  # what was in the log
         self._head = 0  # … when this had been announced
         self._begun = self._looked = 0  # steps, and the last that has seen how all stand
+        self._told: dict[str, Serves] = {}  # what others were told of how subscriptions are served here
+        self._heard = 0  # of what others have published, when the last look began
         self._holds: list[str] = []
         self._seen = -1  # of the standing's changes
         self._changed = self._environment.loop.waiter()
@@ -146,6 +148,9 @@ class Membership:
         self._asked = self._asked_for()
         await self.renew()
         await self._look(before)
+        if self._told != self._to_tell():  # for types have joined: others, and the shares, go by what was told
+            await self.renew()
+            await self._look(before)
         errors = []
         for part in (self._give_back,) if self._withdrawn else (self._declare_again, self._give_back, self._take):
             try:
@@ -159,7 +164,7 @@ class Membership:
     async def renew(self) -> None:
         """Show that this instance is alive."""
         begun = self._environment.lease_clock()
-        serves = {name: self._serves(serving) for name, serving in self._dispatcher.servings.items()}
+        self._told = serves = self._to_tell()
         holds = () if self._withdrawn else tuple(sorted(set(self._holds)))
         pinned = min(self._dispatcher.pins, default=None)
         known = await self._journal.command(Beat(self._instance, begun, self._lease, serves, holds, pinned))
@@ -174,6 +179,9 @@ class Membership:
             self._journal.renew_at = begun + self._lease / RENEWALS
         if lapsed:
             self._dispatcher.wake_all()
+
+    def _to_tell(self) -> dict[str, Serves]:
+        return {name: self._serves(serving) for name, serving in self._dispatcher.servings.items()}
 
     def _serves(self, serving: Serving) -> Serves:
         """What others are told. One that is to leave serves a subscription to the end of its last handler, or its order could
@@ -201,7 +209,8 @@ class Membership:
 
     def knows_all(self) -> bool:
         """Whether the last look has seen all that others have done, as far as is known."""
-        return self.is_alone() and self._at_rest.done and not self._changed.done
+        is_at_rest = self._at_rest.done and not self._changed.done
+        return is_at_rest and self._looked == self._begun and self._heard == self._dispatcher.heard and self.is_alone()
 
     def is_alone(self) -> bool:
         """Whether there is no other instance."""
@@ -211,7 +220,7 @@ class Membership:
 
     async def _look(self, before: Mapping[Serving, tuple[Subscribed, int]]) -> None:
         """See how all stand and what is in the log, and do as others have done."""
-        lanes = self._dispatcher.lanes()
+        lanes, self._heard = self._dispatcher.lanes(), self._dispatcher.heard
         self.standing = standing = await self._reader.ask(Stand())
         every = NOTICE_ALONE if self.is_alone() else NOTICE_INTERVAL
         self._journal.notice_every = min(every, self._lease / RENEWALS) if self._shared else math.inf

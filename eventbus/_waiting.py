@@ -208,7 +208,9 @@ class Waiting:
         if behind or serving.parks() or self._elsewhere.away(serving):
             count += (await self._reader.ask(LagOfRows(serving.options.name, serving.exact_types())))[0]
         for type in serving.lacking(self._dispatcher.known_types):
-            count += (await self._reader.ask(Lag(serving.stored.settled_up_to(type), (type,), until=head)))[0]
+            after = serving.stored.settled_up_to(type)
+            for name in [*serving.lanes]:
+                count += (await self._reader.ask(Lag(after, (type,), serving.reads(name)[1], until=head)))[0]
         for lane in behind:
             types, slots = serving.reads(lane.name)
             lag, _ = await self._reader.ask(Lag(lane.stored, types, slots, until=head))

@@ -138,9 +138,9 @@ PLANTS: Sequence[Plant] = (
         (
             Change(
                 "eventbus/_membership.py",
-                "            for each in self.standing.subscriptions\n        }\n        self._shares",
-                "            for each in self.standing.subscriptions\n            if each.name in self._dispatcher.servings\n"
-                "        }\n        self._shares",
+                "each.name: dict(self._lanes_wanted(each)) for each in self.standing.subscriptions}",
+                "each.name: dict(self._lanes_wanted(each)) for each in self.standing.subscriptions\n"
+                "                        if each.name in self._dispatcher.servings}",
             ),
         ),
         ("tests/bus/test_instances.py",),

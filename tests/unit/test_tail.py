@@ -285,6 +285,15 @@ def test_lanes_that_nobody_serves_do_not_make_each_other_forget_without_end() ->
     assert log.asked() == [(0, 5, {"a"})]
 
 
+def test_one_that_came_up_with_a_sibling_reads_again_when_it_must() -> None:
+    """A lane that has forgotten, and got its part of a page that another lane of its feed asked for, is asked for nothing more."""
+    log = _Log(("a",))
+    log.lanes[0].dozes = True
+    log.tail.extend(6)
+    log.questions.pop(0)[1](StoreUnavailable("not now"))
+    assert log.asked() == [(5, 6, {"a"})]
+
+
 async def test_who_waits_is_told() -> None:
     """Of a position when it was announced; of all when nothing more will be, and then nobody waits any more."""
     log, loop = _Log(("a",)), current_loop()
