@@ -38,6 +38,11 @@ def bytes_of(records: Sequence[Record]) -> int:
     return sum([len(record.data) for record in records]) + RECORD_OVERHEAD * len(records)
 
 
+def place_anew(record: Record) -> None:
+    """Compute the slot of an event that was read: what is stored of it has no checksum."""
+    record.slot = slot_of(record.id if record.key is None else record.key)
+
+
 class Budget:
     """Bounds the bytes that wait in all lanes of a bus together.
 
@@ -331,8 +336,8 @@ class Feed:
         for record in records:
             if record.type != seen:
                 seen, start_of_seen = record.type, self._start_of(record.type)
-            if self._lanes > 1 and record.fault is None:  # the stored slot has no checksum; a damaged record may have another key
-                record.slot = slot_of(record.id if record.key is None else record.key)
+            if self._lanes > 1 and record.fault is None:  # a damaged record may have another key
+                place_anew(record)
             intake = self.of(record)
             start = start_of_seen if record.fault is None else 0  # its type may be what is damaged
             if intake is None or intake not in behind or record.position <= max(intake.taken, start):

@@ -187,8 +187,10 @@ class Membership:
         """What others are told. One that is to leave serves a subscription to the end of its last handler, or its order could
         change under that; but it can run none of the lanes that somebody else can."""
         serves, name = serving.serves(), serving.options.name
+        if not self._withdrawn:
+            return serves
         others = [member.serves for member in self.standing.members if member.instance.id != self._instance.id]
-        if self._withdrawn and any(name in each and fits(each[name], serving.stored) for each in others):
+        if any(name in each and fits(each[name], serving.stored) for each in others):
             return msgspec.structs.replace(serves, cannot=tuple(sorted(self._wanted.get(name, ()))))
         return serves
 

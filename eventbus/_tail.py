@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from eventbus._intake import PAGE, PAGE_BYTES, bytes_of
+from eventbus._intake import PAGE, PAGE_BYTES, bytes_of, place_anew
 from eventbus._reader import report
-from eventbus.stores.base import Committed, Events, Page, Record, slot_of
+from eventbus.stores.base import Committed, Events, Page, Record
 
 if TYPE_CHECKING:
     from eventbus._intake import Feed
@@ -143,8 +143,7 @@ class Tail:
         self._reading = False
         if isinstance(page, BaseException):
             report("the log", page)
-            self._leave_to_feeds(until)
-        elif page.up_to <= self.head:
+        if isinstance(page, BaseException) or page.up_to <= self.head:
             self._leave_to_feeds(until)
         else:
             self._passed(until, page, types)
@@ -171,5 +170,5 @@ class Tail:
             self._leave_to_feeds(page.up_to)
             return
         for record in page.records:
-            record.slot = slot_of(record.id if record.key is None else record.key)  # what is stored of it has no checksum
+            place_anew(record)
         self._announce(page.records, page.up_to)
